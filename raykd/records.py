@@ -1,0 +1,145 @@
+"""Every record that crosses a process boundary. Tokens are made once; after that only ids, masks and versions travel.
+
+Shape legend: B sequences, T response tokens, N response tokens of several sequences laid end to end,
+V vocabulary, H hidden width. All log-probabilities are natural logarithms.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Source(StrEnum):
+    """Who wrote a response."""
+
+    DATASET = "dataset"
+    STUDENT = "student"
+    MIXED = "mixed"
+    TEACHER = "teacher"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A tokenised prompt, and the data set's own answer where it has one."""
+
+    id: str
+    """Stable name: data set and row, e.g. ``train.jsonl:17``."""
+    tokens: tuple[int, ...]
+    response: tuple[int, ...] = ()
+    """The reference answer, closed by EOS unless it was cut by the length limit."""
+    finished: bool = True
+    """The reference answer ends by itself (False: the length limit cut it)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One response to one prompt, with what is needed to learn from it off-policy.
+
+    A response token was drawn from ``teacher_share * p + (1 - teacher_share) * q``: 0 is the student, 1 the
+    teacher, in between teacher-mixed sampling. A response from the data set has no sampling law and carries no log-probs.
+    """
+
+    prompt_id: str
+    sample: int
+    """Index among the samples of the same prompt in the same step."""
+    prompt_tokens: tuple[int, ...]
+    tokens: tuple[int, ...]
+    """The response, EOS included when the writer produced one."""
+    source: Source
+    teacher_share: float = 0.0
+    student_logprobs: tuple[float, ...] | None = None
+    """log q(y_t | x, y_<t) of the student version that wrote or accompanied the response; [T]."""
+    version: int = 0
+    """Policy version of the student."""
+    finished: bool = True
+    """False when the length limit cut the response: a cut response is not an ended one."""
+
+    def __post_init__(self) -> None:
+        if self.student_logprobs is not None and len(self.student_logprobs) != len(self.tokens):
+            raise ValueError(
+                f"rollout {self.prompt_id}/{self.sample}: {len(self.tokens)} tokens but {len(self.student_logprobs)} log-probs"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """The teacher on the response positions of several rollouts, rows laid end to end.
+
+    Row n of ``hidden`` (or ``logits``) is the position that predicts response token n. ``hidden`` is the state after
+    the final norm, in the teacher's own dtype; times the teacher's head it gives the exact distribution.
+    ``log_normaliser`` and ``logprobs`` are the integrity probe: what the teacher itself computed, in float32.
+    """
+
+    offsets: tuple[int, ...]
+    """Rollout i owns rows ``offsets[i]:offsets[i + 1]``."""
+    log_normaliser: Tensor
+    """logsumexp of the teacher's logits over the true vocabulary; [N] float32."""
+    logprobs: Tensor
+    """log p of the response token; [N] float32."""
+    hidden: Tensor | None = None
+    """[N, H]."""
+    logits: Tensor | None = None
+    """[N, V] float32."""
+
+    def row(self, index: int) -> "Scores":
+        """The scores of one rollout of the block."""
+        start, end = self.offsets[index], self.offsets[index + 1]
+        return Scores(
+            offsets=(0, end - start),
+            log_normaliser=self.log_normaliser[start:end],
+            logprobs=self.logprobs[start:end],
+            hidden=None if self.hidden is None else self.hidden[start:end],
+            logits=None if self.logits is None else self.logits[start:end],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A rollout in the replay buffer: its tokens by value, its teacher scores by reference."""
+
+    rollout: Rollout
+    scores: Any = None
+    """``ray.ObjectRef`` of a ``Scores`` block (or the block itself where there is no Ray); None when not needed."""
+    index: int = 0
+    """Which rollout of the block this is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Totals:
+    """Denominators of one optimiser step: over all ranks and micro-batches, counted after generation."""
+
+    tokens: int
+    sequences: int
+
+    @classmethod
+    def of(cls, rows: list[Row]) -> "Totals":
+        return cls(tokens=sum(len(row.rollout.tokens) for row in rows), sequences=len(rows))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """What an algorithm's ``loss`` sees beside its per-token terms: padded, response positions only, no vocabulary.
+
+    Padded entries are 0 and ``mask`` is False there. Log-probs are float32 and carry no gradient.
+    """
+
+    tokens: Tensor
+    """[B, T] int64."""
+    mask: Tensor
+    """[B, T] bool."""
+    totals: Totals
+    student_logprobs: Tensor
+    """log q_old, recorded at sampling; [B, T]; 0 for data-set rows."""
+    teacher_logprobs: Tensor
+    """log p; [B, T]; 0 where the algorithm needs nothing of the teacher."""
+    behaviour_logprobs: Tensor
+    """log(share * p + (1 - share) * q_old), the law the token was drawn from; [B, T]; 0 for data-set rows."""
+
+
+def response_mask(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
+    """[B, max(lengths)] bool, True on the first ``lengths[b]`` positions of row b."""
+    positions = torch.arange(max(lengths, default=0), device=device)
+    return positions < torch.tensor(lengths, device=device)[:, None]
