@@ -1,0 +1,215 @@
+"""What a run is: one frozen, validated value, to and from JSON. Impossible settings cannot be written.
+
+Workers never see an ``Experiment``; each gets its own small part of it.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from raykd.algorithms import AnyAlgorithm
+from raykd.algorithms.base import Needs, Progress
+from raykd.prompts import Documents, Pairs
+
+Positive = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "bfloat16"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Model(_Value):
+    """A causal language model: a folder or a name on the Hub."""
+
+    path: str
+    """Weights, configuration and tokenizer; with ``scratch``, the tokenizer alone."""
+    scratch: dict[str, Any] | None = None
+    """Architecture to initialise at random, as fields of a Hugging Face configuration: ``{"model_type": "llama", ...}``."""
+
+
+class Optimiser(_Value):
+    """AdamW and its learning-rate schedule over the steps of one stage."""
+
+    learning_rate: float = Field(5e-6, gt=0)
+    learning_rate_min: float = Field(0.0, ge=0)
+    """Where a cosine or linear schedule ends."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    gradient_clip: float = Field(1.0, gt=0)
+    """Largest global gradient norm."""
+
+
+class Stage(_Value):
+    """One algorithm for a number of optimiser steps. Its optimiser starts afresh."""
+
+    algorithm: AnyAlgorithm
+    steps: Positive
+    batch_size: Positive = 64
+    """Responses per optimiser step, over all ranks."""
+    samples_per_prompt: Positive = 1
+    optimiser: Optimiser = Optimiser()
+
+    @property
+    def rows_per_phase(self) -> int:
+        """Responses written before learning from them."""
+        return max(self.batch_size, self.algorithm.rollouts_per_phase or 0)
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.rows_per_phase % self.batch_size:
+            raise ValueError(
+                f"rollouts_per_phase {self.rows_per_phase} is no multiple of batch_size {self.batch_size}: "
+                "some responses would never be learned from; change one of them"
+            )
+        if self.batch_size % self.samples_per_prompt:
+            raise ValueError(
+                f"samples_per_prompt {self.samples_per_prompt} does not divide batch_size {self.batch_size}; change one of them"
+            )
+        return self
+
+
+class Engine(_Value):
+    """One vLLM engine."""
+
+    dtype: Dtype = "bfloat16"
+    tensor_parallel: Positive = 1
+    memory: float = Field(0.9, gt=0, le=1)
+    """Share of a GPU's memory for weights and KV cache."""
+    cpu_cache_gib: float = Field(1.0, gt=0)
+    """KV cache on machines without a GPU, GiB."""
+    max_sequences: Positive = 256
+    """Sequences decoded together."""
+    threads: Positive = 1
+    """CPU threads of the engine, where there is no GPU."""
+    deadline_s: float = Field(1800.0, gt=0)
+    """Longest wait for one response."""
+
+
+class RolloutFleet(_Value):
+    """Student engines that write responses."""
+
+    replicas: Positive = 1
+    gpus: float = Field(0.0, ge=0)
+    """GPUs of each replica; 0 runs on CPU."""
+    engine: Engine = Engine()
+
+
+class TeacherFleet(_Value):
+    """Workers that score responses, and write the teacher's tokens where an algorithm mixes."""
+
+    replicas: Positive = 1
+    gpus: float = Field(0.0, ge=0)
+    dtype: Dtype = "bfloat16"
+    batch_tokens: Positive = 16384
+    """Positions of one scoring forward pass, padding included."""
+    engine: Engine = Engine(memory=0.5)
+    """The engine beside the scorer, started only where an algorithm mixes teacher tokens in."""
+    threads: Positive = 1
+
+
+class Learner(_Value):
+    """DeepSpeed ranks."""
+
+    ranks: Positive = 1
+    gpus: float = Field(0.0, ge=0)
+    """GPUs of each rank; 0 runs on CPU."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    dtype: Dtype = "bfloat16"
+    micro_batch: Positive = 8
+    """Sequences of one forward and backward pass on one rank."""
+    chunk: Positive = 1024
+    """Positions whose distributions exist at the same time."""
+    activation_checkpointing: bool = False
+    offload_optimiser: bool = False
+    threads: Positive = 1
+    deadline_s: float = Field(1800.0, gt=0)
+    """Longest wait of one rank for another."""
+
+
+class Evaluation(_Value):
+    """Held-out measures of the student against the teacher, before, between and after the stages."""
+
+    prompts: int = Field(64, ge=0)
+    """Held-out prompts; they are taken from the data and never trained on. 0 measures nothing."""
+    every: int = Field(0, ge=0)
+    """Also every so many steps within a stage; 0 only between stages."""
+    samples: int = Field(4, ge=0)
+    """Answers shown side by side at the end."""
+
+
+class Tracking(_Value):
+    """Where numbers go beside ``metrics.jsonl``."""
+
+    wandb: bool = True
+    """Weights & Biases: online when a key is set, files in the run directory otherwise."""
+    project: str = "raykd"
+
+
+class Experiment(_Value):
+    """A training run: models, data, stages, and the machines they run on."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    student: Model
+    teacher: Model | None = None
+    """None where no stage needs one (SFT)."""
+    data: Pairs | Documents
+    text: Documents | None = None
+    """Plain text for the language-modelling loss of methods that have one."""
+    text_length: int = Field(512, ge=2)
+    """Tokens of one chunk of plain text."""
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    max_prompt: Positive = 256
+    """Longest prompt, tokens; longer ones are left out."""
+    max_response: Positive = 256
+    """Longest response, tokens; longer ones are cut."""
+    rollout: RolloutFleet = RolloutFleet()
+    teachers: TeacherFleet = TeacherFleet()
+    learner: Learner = Learner()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    checkpoint_every: int = Field(0, ge=0)
+    """Optimiser steps between checkpoints; 0 only at the end of each stage."""
+    seed: int = Field(0, ge=0)
+    runs: Path = Path("runs")
+    """Folder of run directories; each run gets a new one in it."""
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        for index, stage in enumerate(self.stages):
+            where, kind = f"stages.{index}", type(stage.algorithm).__name__
+            mixture = stage.algorithm.mixture(Progress(step=0, steps=stage.steps))
+            if self.teacher is None and (stage.algorithm.needs is not Needs.NOTHING or mixture.teacher_share > 0):
+                raise ValueError(f"{where}: {kind} needs a teacher, but teacher is not set; name a model")
+            if self.text is None and stage.algorithm.text_weight > 0:
+                raise ValueError(
+                    f"{where}: {kind} has text_weight {stage.algorithm.text_weight}, but text is not set; "
+                    "name plain text, or set text_weight to 0"
+                )
+            if mixture.dataset > 0 and isinstance(self.data, Pairs) and self.data.response is None:
+                raise ValueError(f"{where}: {kind} learns from reference answers, but data.response is not set; name the field")
+        if self.learner.ranks > min(stage.batch_size for stage in self.stages):
+            raise ValueError(f"learner.ranks {self.learner.ranks} is more than the smallest batch_size of the stages; use fewer ranks")
+        return self
+
+    @property
+    def max_length(self) -> int:
+        """Longest prompt and response together, tokens."""
+        return self.max_prompt + self.max_response
+
+    def mixes(self) -> bool:
+        """Whether any stage has the teacher write tokens."""
+        return any(stage.algorithm.mixture(Progress(step=0, steps=stage.steps)).teacher_share > 0 for stage in self.stages)
+
+    def samples(self) -> bool:
+        """Whether any stage has the student write responses."""
+        return any(stage.algorithm.mixture(Progress(step=0, steps=stage.steps)).student > 0 for stage in self.stages)
+
+    def gpus(self) -> float:
+        """GPUs the whole run asks for."""
+        teachers = self.teachers.replicas * self.teachers.gpus if self.teacher else 0.0
+        return self.rollout.replicas * self.rollout.gpus + teachers + self.learner.ranks * self.learner.gpus

@@ -1,0 +1,221 @@
+"""Data sets -> tokenised prompts, once. Everything after this file carries ids.
+
+    read_rows(source)                    -> rows (dicts), from a file, a folder or the Hub
+    tokenise_pairs / tokenise_documents  -> list[Prompt]
+    pack_text                            -> chunks of plain text for a language-modelling loss
+    PromptStream                         -> a shuffled, endless, resumable stream over a list
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from string import Formatter
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import PreTrainedTokenizerBase
+
+from raykd.records import Prompt
+
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+ALPACA_WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""The prompts of MiniLLM's evaluation (and of Alpaca before it)."""
+
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+"""File suffix (a final ``.gz`` set aside) -> loader of the datasets library."""
+
+
+class _Source(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str
+    """A file (.jsonl, .json, .parquet, .csv, .txt, each also .gz), or the name of a data set on the Hugging Face Hub."""
+    split: str = "train"
+    """Which split of a Hub data set; a file is one split."""
+    limit: int | None = Field(None, ge=1)
+    """Use only the first rows."""
+
+
+class Pairs(_Source):
+    """Rows with a prompt and, where an algorithm learns from data, a response."""
+
+    prompt: str = "{prompt}"
+    """Template over the row's fields."""
+    prompt_without_input: str | None = None
+    """Template for rows whose field ``input`` is empty."""
+    response: str | None = "{response}"
+    """Template of the reference answer; None when the data has none."""
+
+
+class Documents(_Source):
+    """Plain text: the first tokens of a document are the prompt, what follows is its reference continuation."""
+
+    field: str = "text"
+    prompt_tokens: int = Field(16, ge=1)
+
+
+def read_rows(source: _Source) -> list[dict[str, Any]]:
+    """The rows of a data source; raises ValueError naming the path when it is missing, unreadable or empty."""
+    import datasets  # heavy, and only the driver reads data
+
+    datasets.disable_progress_bars()
+    path = Path(source.path).expanduser()
+    suffix = next((s for s in reversed(path.suffixes) if s != ".gz"), "")
+    looks_local = source.path.startswith((".", "/", "~")) or suffix in LOADERS
+    if looks_local and not path.exists():
+        raise ValueError(f"data file {source.path} does not exist; give the path of a file, or a data set's name on the Hub")
+    if path.exists() and path.is_file() and suffix not in LOADERS:
+        raise ValueError(f"data file {source.path}: cannot read {suffix or 'a file without suffix'}; use one of {', '.join(LOADERS)}")
+    if path.is_file() and path.stat().st_size == 0:
+        raise ValueError(f"data set {source.path} is empty: it has no rows")
+    try:
+        if path.is_file():
+            data = datasets.load_dataset(LOADERS[suffix], data_files=str(path), split="train")
+        else:
+            data = datasets.load_dataset(source.path, split=source.split)
+    except Exception as error:  # the library raises many kinds; the user needs the path and the reason
+        raise ValueError(f"data set {source.path} (split {source.split}) cannot be read: {error}") from error
+    rows = list(data.select(range(min(len(data), source.limit or len(data)))))
+    if not rows:
+        raise ValueError(f"data set {source.path} is empty: it has no rows")
+    return rows
+
+
+def tokenise_pairs(
+    rows: Iterable[Mapping[str, Any]], source: Pairs, tokenizer: PreTrainedTokenizerBase, *, max_prompt: int, max_response: int
+) -> list[Prompt]:
+    """Prompts of at most ``max_prompt`` tokens (longer ones are left out), answers cut at ``max_response``.
+
+    A response is tokenised as the continuation of its prompt, so that a student sees in training the ids it would itself
+    produce after that prompt. Raises ValueError naming the row when a field is missing or nothing is left.
+    """
+    prompts = []
+    for index, row in enumerate(rows):
+        template = source.prompt
+        if source.prompt_without_input is not None and not row.get("input"):
+            template = source.prompt_without_input
+        prompt_text = _render(template, row, source.path, index)
+        prompt_ids = _encode(tokenizer, prompt_text)
+        if not 0 < len(prompt_ids) <= max_prompt:
+            continue
+        response, finished = (), True
+        if source.response is not None:
+            answer = _render(source.response, row, source.path, index)
+            response, finished = _cut(_continuation(tokenizer, prompt_text, prompt_ids, answer), tokenizer, max_response)
+        prompts.append(Prompt(id=f"{Path(source.path).name}:{index}", tokens=prompt_ids, response=response, finished=finished))
+    if not prompts:
+        raise ValueError(f"data set {source.path}: no prompt has at most max_prompt={max_prompt} tokens; raise max_prompt")
+    return prompts
+
+
+def tokenise_documents(
+    rows: Iterable[Mapping[str, Any]], source: Documents, tokenizer: PreTrainedTokenizerBase, *, max_response: int
+) -> list[Prompt]:
+    """Each document split at ``prompt_tokens``: prompt and reference continuation. Documents no longer than that are left out."""
+    prompts = []
+    for index, row in enumerate(rows):
+        ids = _encode(tokenizer, _render(f"{{{source.field}}}", row, source.path, index))
+        if len(ids) <= source.prompt_tokens:
+            continue
+        response, finished = _cut(ids[source.prompt_tokens :], tokenizer, max_response)
+        name = f"{Path(source.path).name}:{index}"
+        prompts.append(Prompt(id=name, tokens=ids[: source.prompt_tokens], response=response, finished=finished))
+    if not prompts:
+        raise ValueError(f"data set {source.path}: no document has more than prompt_tokens={source.prompt_tokens} tokens")
+    return prompts
+
+
+def pack_text(
+    rows: Iterable[Mapping[str, Any]], source: Documents, tokenizer: PreTrainedTokenizerBase, *, length: int
+) -> list[Prompt]:
+    """Documents joined with EOS and cut into chunks of ``length`` tokens: the first token is the prompt, the rest is to be
+    predicted. The last, shorter chunk is dropped."""
+    ids: list[int] = []
+    for index, row in enumerate(rows):
+        ids += [*_encode(tokenizer, _render(f"{{{source.field}}}", row, source.path, index)), eos_id(tokenizer)]
+    chunks = [tuple(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
+    if not chunks:
+        raise ValueError(f"plain text {source.path} has {len(ids)} tokens, fewer than one chunk of {length}; bring more text")
+    name = Path(source.path).name
+    return [Prompt(id=f"{name}:chunk{i}", tokens=chunk[:1], response=chunk[1:], finished=False) for i, chunk in enumerate(chunks)]
+
+
+def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that ends a response; raises ValueError when the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path} has no EOS token: a response could never end; set eos_token")
+    return int(tokenizer.eos_token_id)
+
+
+Item = TypeVar("Item")
+
+
+class PromptStream(Generic[Item]):
+    """Endless shuffled passes over a list; the order depends on ``seed`` and the epoch alone, so two integers resume it."""
+
+    def __init__(self, items: list[Item], seed: int) -> None:
+        if not items:
+            raise ValueError("a prompt stream needs at least one item")
+        self.items, self.seed = items, seed
+        self.epoch, self.cursor = 0, 0
+        self._order = self._shuffled()
+
+    def take(self, count: int) -> list[Item]:
+        """The next ``count`` items; a new shuffle begins when a pass is used up."""
+        taken = []
+        while len(taken) < count:
+            if self.cursor == len(self.items):
+                self.epoch, self.cursor = self.epoch + 1, 0
+                self._order = self._shuffled()
+            taken.append(self.items[self._order[self.cursor]])
+            self.cursor += 1
+        return taken
+
+    def state(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "cursor": self.cursor}
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        self.epoch, self.cursor = state["epoch"], state["cursor"]
+        self._order = self._shuffled()
+
+    def _shuffled(self) -> np.ndarray:
+        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.items))
+
+
+def _render(template: str, row: Mapping[str, Any], path: str, index: int) -> str:
+    for _, field, _, _ in Formatter().parse(template):
+        if field and row.get(field) is None:
+            raise ValueError(
+                f"{path}, row {index + 1}: no field {field!r} (the row has {', '.join(sorted(row))}); "
+                "name the right fields in the data templates, or mend the row"
+            )
+    return template.format_map(row)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Ids as at the start of a sequence, without the EOS that some tokenizers append."""
+    ids = tokenizer(text)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
+        ids = ids[:-1]
+    return tuple(ids)
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: tuple[int, ...], answer: str) -> tuple[int, ...]:
+    whole = _encode(tokenizer, prompt + answer)
+    if whole[: len(prompt_ids)] == prompt_ids:
+        return whole[len(prompt_ids) :]
+    # A token would span the boundary; at generation the prompt stands alone, so the answer starts a new token.
+    return tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])
+
+
+def _cut(ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, max_response: int) -> tuple[tuple[int, ...], bool]:
+    if len(ids) < max_response:
+        return (*ids, eos_id(tokenizer)), True
+    return ids[:max_response], False

@@ -1,0 +1,86 @@
+"""The teacher worker: one prefill over prompt and response, and what an algorithm needs of its distribution on the response."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from raykd.algorithms.base import Needs
+from raykd.projection import Head, teacher_probe
+from raykd.records import Rollout, Scores
+
+
+
+class Teacher:
+    """Frozen. ``score`` sends the hidden state after the final norm; times ``head`` it is the exact distribution."""
+
+    def __init__(self, model: str, *, dtype: str, vocab_size: int, batch_tokens: int = 16384, chunk: int = 1024) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        causal = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(self.device).eval().requires_grad_(False)
+        self._body = causal.base_model
+        self._head = head_of(causal).cut(vocab_size)
+        self.vocab_size, self.batch_tokens, self.chunk = vocab_size, batch_tokens, chunk
+
+    def head(self) -> Head:
+        """The language-model head on the CPU, cut to the true vocabulary: the learner's copy."""
+        bias = None if self._head.bias is None else self._head.bias.cpu()
+        return Head(weight=self._head.weight.cpu(), bias=bias, scale=self._head.scale, softcap=self._head.softcap)
+
+    @torch.inference_mode()
+    def score(self, rollouts: Sequence[Rollout], needs: Needs) -> Scores:
+        """Score the responses; the block's rows follow the order of ``rollouts``."""
+        hidden: list[Tensor] = [torch.empty(0)] * len(rollouts)
+        for batch in _by_length(rollouts, self.batch_tokens):
+            for index, rows in zip(batch, self._response_states([rollouts[i] for i in batch]), strict=True):
+                hidden[index] = rows
+        states = torch.cat(hidden)
+        tokens = torch.tensor([token for rollout in rollouts for token in rollout.tokens], device=self.device, dtype=torch.long)
+        log_normaliser, logprobs = teacher_probe(states, self._head, tokens, vocab_size=self.vocab_size, chunk=self.chunk)
+        offsets = [0]
+        for rollout in rollouts:
+            offsets.append(offsets[-1] + len(rollout.tokens))
+        return Scores(
+            offsets=tuple(offsets),
+            log_normaliser=log_normaliser.cpu(),
+            logprobs=logprobs.cpu(),
+            hidden=states.cpu() if needs is Needs.DISTRIBUTION else None,
+        )
+
+    def _response_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        """For each rollout the states [T, H] of the positions that predict its response."""
+        sequences = [rollout.prompt_tokens + rollout.tokens for rollout in rollouts]
+        width = max(map(len, sequences))
+        ids = torch.zeros(len(sequences), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        states = self._body(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False).last_hidden_state
+        starts = [len(rollout.prompt_tokens) - 1 for rollout in rollouts]
+        return [states[i, start : start + len(r.tokens)] for i, (start, r) in enumerate(zip(starts, rollouts, strict=True))]
+
+
+def head_of(model: torch.nn.Module) -> Head:
+    """The head of a Hugging Face causal language model, with the scale and soft-cap of its architecture."""
+    config = model.config
+    output = model.get_output_embeddings()
+    if output is None or getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
+        raise ValueError(f"teacher architecture {config.model_type} has no plain linear head; it cannot send hidden states yet")
+    return Head(
+        weight=output.weight.detach(),
+        bias=None if getattr(output, "bias", None) is None else output.bias.detach(),
+        scale=float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _by_length(rollouts: Sequence[Rollout], batch_tokens: int) -> list[list[int]]:
+    """Indices in batches of similar length whose padded size stays within ``batch_tokens`` (at least one a batch)."""
+    batches: list[list[int]] = []
+    for index in sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_tokens) + len(rollouts[i].tokens)):
+        length = len(rollouts[index].prompt_tokens) + len(rollouts[index].tokens)
+        if not batches or (len(batches[-1]) + 1) * length > batch_tokens:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
