@@ -1,0 +1,14 @@
+"""The methods of distillation: one frozen value each, told apart in JSON by ``kind``."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from raykd.algorithms.base import Algorithm, Mixture, Needs, Progress
+from raykd.algorithms.gkd import GKD, KD, ImitKD
+from raykd.algorithms.minillm import MiniLLM
+from raykd.algorithms.sft import SFT, SeqKD
+
+AnyAlgorithm = Annotated[SFT | SeqKD | KD | ImitKD | GKD | MiniLLM, Field(discriminator="kind")]
+
+__all__ = ["GKD", "KD", "SFT", "Algorithm", "AnyAlgorithm", "ImitKD", "MiniLLM", "Mixture", "Needs", "Progress", "SeqKD"]

@@ -1,21 +1,26 @@
 """The contract of a distillation algorithm: reduce the vocabulary chunk by chunk, then the sequence.
 
-    needs                           what the teacher must send
-    mixture(progress)               who writes the next responses
-    per_token(student, teacher, tokens) -> {name: [...]}     vocabulary -> token, called on chunks of positions
-    loss(per_token, batch)          -> loss, metrics         token -> scalar, sees no vocabulary
+needs                           what the teacher must send
+mixture(progress)               who writes the next responses
+per_token(student, teacher, tokens) -> {name: [...]}     vocabulary -> token, called on chunks of positions
+loss(per_token, batch)          -> loss, metrics         token -> scalar, sees no vocabulary
 """
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from raykd.logprobs import masked_sum
 from raykd.records import Batch
 
 PerToken = dict[str, Tensor]
+
+Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
+"""Sum of the tokens / all tokens; mean of each response / all responses; sum of the tokens / all responses."""
 
 
 class Needs(StrEnum):
@@ -47,7 +52,9 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if abs(self.dataset + self.student - 1) > 1e-9 or min(self.dataset, self.student) < 0:
-            raise ValueError(f"mixture shares must be non-negative and sum to 1, got dataset {self.dataset}, student {self.student}")
+            raise ValueError(
+                f"mixture shares must be non-negative and sum to 1, got dataset {self.dataset}, student {self.student}"
+            )
         if not 0 <= self.teacher_share <= 1:
             raise ValueError(f"teacher_share must be within [0, 1], got {self.teacher_share}")
 
@@ -88,3 +95,13 @@ class Algorithm(BaseModel, ABC):
     def text_weight(self) -> float:
         """Weight of the language-modelling loss on plain text beside this method; 0: no plain text."""
         return 0.0
+
+
+def reduce_tokens(values: Tensor, batch: Batch, reduction: Reduction) -> Tensor:
+    """This micro-batch's share of the step's value, ``[B, T] -> []``; empty responses count for 0, denominators are ``batch.totals``."""
+    if reduction == "token_mean":
+        return masked_sum(values, batch.mask) / max(batch.totals.tokens, 1)
+    sums = masked_sum(values, batch.mask, dim=-1)
+    if reduction == "sequence_mean":
+        sums = sums / batch.mask.sum(-1).clamp(min=1)
+    return sums.sum() / max(batch.totals.sequences, 1)

@@ -1,0 +1,159 @@
+"""Divergences between next-token distributions: log-probabilities in, ``student`` first, ``[..., V] -> [...]``.
+
+p is the teacher, q the student; natural logarithms. Values are true divergences (the entropy term is included): 0 exactly
+when p = q, else positive. Half-precision inputs are computed in float32, float64 stays float64. A probability of 0 (log-probability
+-inf) contributes what the limit says: nothing where its own weight is 0, and +inf where the definition is infinite, so that a broken
+pair is seen; gradients are finite in every case (an infinite entry sends none). Reducing over tokens is not done here.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from raykd.logprobs import mixture_logprobs, promote
+
+Boundary = Literal["minimal", "prefix"]
+
+HEAD_CANDIDATES = 64
+"""Tokens looked at before sorting the whole vocabulary: with head_mass 0.5 the head is a handful of tokens."""
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v), mode covering; the word-level distillation of Hinton et al., arXiv 1503.02531.
+
+    ``[..., V], [..., V] -> [...]``, range [0, inf]. Gradient to the student's logits: q - p.
+    """
+    student, teacher = _checked(student, teacher)
+    return _kl(teacher, student)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(q || p) = sum_v q_v (log q_v - log p_v), mode seeking; MiniLLM, arXiv 2306.08543.
+
+    ``[..., V], [..., V] -> [...]``, range [0, inf]. Gradient to the student's logits: q (log(q / p) - KL(q || p)).
+    """
+    student, teacher = _checked(student, teacher)
+    return _kl(student, teacher)
+
+
+def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """JSD(beta) = beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; GKD, arXiv 2306.13649, eq. 1.
+
+    ``[..., V], [..., V] -> [...]``, range [0, entropy of (beta, 1 - beta)]. JSD(beta) / beta -> forward KL as beta -> 0 and
+    JSD(beta) / (1 - beta) -> reverse KL as beta -> 1, while JSD itself vanishes at both ends: they are refused.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(f"jensen_shannon: beta must be inside (0, 1), got {beta}; use forward_kl or reverse_kl for the ends")
+    student, teacher = _checked(student, teacher)
+    mixed = mixture_logprobs(student, teacher, beta)
+    return beta * _kl(teacher, mixed) + (1 - beta) * _kl(student, mixed)
+
+
+def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+    """SKL(alpha) = KL(p || alpha p + (1 - alpha) q); DistiLLM, arXiv 2402.03898.
+
+    ``[..., V], [..., V] -> [...]``, range [0, -log alpha]. alpha = 0 is forward KL, alpha = 1 gives 0.
+    """
+    _check_share("skew_forward_kl: alpha", alpha)
+    student, teacher = _checked(student, teacher)
+    return _kl(teacher, mixture_logprobs(student, teacher, alpha))
+
+
+def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+    """SRKL(alpha) = KL(q || (1 - alpha) p + alpha q); DistiLLM, arXiv 2402.03898. The mixture's gradient is included.
+
+    ``[..., V], [..., V] -> [...]``, range [0, -log alpha]. alpha = 0 is reverse KL, alpha = 1 gives 0.
+    """
+    _check_share("skew_reverse_kl: alpha", alpha)
+    student, teacher = _checked(student, teacher)
+    return _kl(student, mixture_logprobs(student, teacher, 1 - alpha))
+
+
+def adaptive_kl(student: Tensor, teacher: Tensor, head_mass: float = 0.5, boundary: Boundary = "minimal") -> Tensor:
+    """AKL = w KL(p || q) + (1 - w) KL(q || p), w the head's part of sum_v |p_v - q_v|; Wu et al., arXiv 2404.02657.
+
+    The head is the teacher's most probable tokens: ``minimal`` the smallest set of mass >= ``head_mass``, ``prefix`` the longest
+    prefix of mass <= ``head_mass`` (never empty; the official code). w carries no gradient and is 1/2 where p = q.
+    ``[..., V], [..., V] -> [...]``, between the two KLs.
+    """
+    _check_share("adaptive_kl: head_mass", head_mass)
+    if boundary not in ("minimal", "prefix"):
+        raise ValueError(f"adaptive_kl: boundary must be 'minimal' or 'prefix', got {boundary!r}")
+    student, teacher = _checked(student, teacher)
+    weight = _head_weight(student.detach(), teacher.detach(), head_mass, boundary)
+    return weight * _kl(teacher, student) + (1 - weight) * _kl(student, teacher)
+
+
+def total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+    """TV = 1/2 sum_v |p_v - q_v|; f-distill, Wen et al., ACL 2023. ``[..., V], [..., V] -> [...]``, range [0, 1]."""
+    student, teacher = _checked(student, teacher)
+    return (teacher.exp() - student.exp()).abs().sum(-1) / 2
+
+
+def jeffreys(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(p || q) + KL(q || p); Jeffreys 1946. ``[..., V], [..., V] -> [...]``, range [0, inf]."""
+    student, teacher = _checked(student, teacher)
+    return _kl(teacher, student) + _kl(student, teacher)
+
+
+def alpha_beta(student: Tensor, teacher: Tensor, alpha: float, beta: float) -> Tensor:
+    """AB = -1/(a b) sum_v [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]; Cichocki et al. 2011, distillation: ABKD, arXiv 2505.04560.
+
+    At b = 0 the limit 1/a^2 sum_v [p^a log(p^a / q^a) - p^a + q^a], at a = 0 the same with p and q, a and b exchanged.
+    (1, 0) is forward KL, (0, 1) reverse KL, (1/2, 1/2) four times the squared Hellinger distance, (1, 1) half the squared
+    Euclidean distance. Negative parameters, infinite at any zero, are refused. ``[..., V], [..., V] -> [...]``, range [0, inf].
+    """
+    if min(alpha, beta) < 0 or alpha + beta == 0:
+        raise ValueError(f"alpha_beta: alpha and beta must be non-negative and not both 0, got {alpha} and {beta}")
+    student, teacher = _checked(student, teacher)
+    if alpha == 0 or beta == 0:
+        first, second, power = (teacher, student, alpha) if beta == 0 else (student, teacher, beta)
+        first, second = power * first, power * second
+        return (_kl(first, second) - first.exp().sum(-1) + second.exp().sum(-1)) / power**2
+    total = alpha + beta
+    cross = (alpha * teacher + beta * student).exp()
+    terms = cross - alpha / total * (total * teacher).exp() - beta / total * (total * student).exp()
+    return -terms.sum(-1) / (alpha * beta)
+
+
+def _kl(first: Tensor, second: Tensor) -> Tensor:
+    """sum_v exp(first) (first - second), with 0 log 0 = 0; +inf where only ``second`` has no mass, without a gradient there."""
+    absent = first == -math.inf
+    impossible = (second == -math.inf) & ~absent
+    gap = (first - second).masked_fill(absent | impossible, 0.0)
+    return (first.exp() * gap).masked_fill(impossible, math.inf).sum(-1)
+
+
+@torch.no_grad()
+def _head_weight(student: Tensor, teacher: Tensor, head_mass: float, boundary: Boundary) -> Tensor:
+    """The head's part of sum_v |p_v - q_v|, 1/2 where that sum is 0; ``[...]``."""
+    probabilities = teacher.exp()
+    gaps = (probabilities - student.exp()).abs()
+    size = min(HEAD_CANDIDATES, teacher.shape[-1])
+    mass, order = probabilities.topk(size, dim=-1)
+    if size < teacher.shape[-1] and bool((mass.sum(-1) <= head_mass).any()):
+        mass, order = probabilities.sort(dim=-1, descending=True)
+    up_to = mass.cumsum(-1)
+    # A prefix whose mass is head_mass in exact arithmetic must not fall on either side by rounding.
+    rounding = 8 * torch.finfo(mass.dtype).eps
+    head = up_to - mass < head_mass - rounding if boundary == "minimal" else up_to <= head_mass + rounding
+    head[..., 0] = True
+    head_gap = (gaps.gather(-1, order) * head).sum(-1)
+    tiny = torch.finfo(gaps.dtype).tiny
+    return (head_gap + tiny) / (gaps.sum(-1) + 2 * tiny)
+
+
+def _checked(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"student and teacher log-probabilities differ in shape: {tuple(student.shape)} and {tuple(teacher.shape)};"
+            " cut both vocabularies to the tokenizer's true size before the softmax"
+        )
+    return promote(student), promote(teacher)
+
+
+def _check_share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be within [0, 1], got {value}")
