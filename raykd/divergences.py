@@ -1,9 +1,9 @@
 """Divergences between next-token distributions: log-probabilities in, ``student`` first, ``[..., V] -> [...]``.
 
-p is the teacher, q the student; natural logarithms. Values are true divergences (the entropy term is included): 0 exactly
-when p = q, else positive. Half-precision inputs are computed in float32, float64 stays float64. A probability of 0 (log-probability
--inf) contributes what the limit says: nothing where its own weight is 0, and +inf where the definition is infinite, so that a broken
-pair is seen; gradients are finite in every case (an infinite entry sends none). Reducing over tokens is not done here.
+p is the teacher, q the student; natural logarithms. Values are true divergences (the entropy term is included): 0 when
+p = q, else positive. Half-precision inputs are computed in float32, float64 stays float64. A probability of 0 (log-probability
+-inf) contributes what the limit says: nothing where its own weight is 0, and +inf where the definition is infinite, so that a
+broken pair is seen; gradients are finite in every case (an infinite entry sends none). Reducing over tokens is not done here.
 """
 
 import math
@@ -99,7 +99,7 @@ def jeffreys(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def alpha_beta(student: Tensor, teacher: Tensor, alpha: float, beta: float) -> Tensor:
-    """AB = -1/(a b) sum_v [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]; Cichocki et al. 2011, distillation: ABKD, arXiv 2505.04560.
+    """AB = -1/(a b) sum_v [p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)]; Cichocki et al. 2011, ABKD, arXiv 2505.04560.
 
     At b = 0 the limit 1/a^2 sum_v [p^a log(p^a / q^a) - p^a + q^a], at a = 0 the same with p and q, a and b exchanged.
     (1, 0) is forward KL, (0, 1) reverse KL, (1/2, 1/2) four times the squared Hellinger distance, (1, 1) half the squared

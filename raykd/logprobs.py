@@ -28,11 +28,11 @@ def entropy(logprobs: Tensor) -> Tensor:
 
 
 def mixture_logprobs(student: Tensor, teacher: Tensor, share: float | Tensor) -> Tensor:
-    """log(share * p + (1 - share) * q), p the teacher: the law of teacher-mixed sampling (MiniLLM, arXiv 2306.08543, section 2.2).
+    """log(share * p + (1 - share) * q), p the teacher: the law of teacher-mixed sampling; MiniLLM, arXiv 2306.08543.
 
     ``student`` and ``teacher`` are log-probabilities of one shape; ``share`` lies in [0, 1] and broadcasts against them, e.g.
-    ``[B, 1]`` against ``[B, T]``. Formed by log-add-exp, so nothing underflows; exact at 0 and 1; an entry that is -inf in both stays
-    -inf, and every gradient is finite.
+    ``[B, 1]`` against ``[B, T]``. Formed by log-add-exp, so nothing underflows; exact at 0 and 1; an entry that is -inf in both
+    stays -inf, and every gradient is finite.
     """
     student, teacher = promote(student), promote(teacher)
     weight = torch.as_tensor(share, dtype=student.dtype, device=student.device)

@@ -138,7 +138,7 @@ class TokenDistillation(Algorithm):
 
 
 class KD(TokenDistillation):
-    """Word-level distillation: forward KL on the data set's responses; Hinton et al., arXiv 1503.02531, Kim and Rush, arXiv 1606.07947.
+    """Word-level distillation: forward KL on the data set's responses; Hinton et al., arXiv 1503.02531; Kim and Rush, 1606.07947.
 
     No cross-entropy on the data set's tokens is added.
     """

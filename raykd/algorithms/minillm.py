@@ -24,8 +24,8 @@ class MiniLLM(Algorithm):
     where the first term is exact over the vocabulary and L_PT is the language-modelling loss on plain text. On-policy (a = 0, no
     normalisation, no clip) the expected gradient is that of KL(q || p) over sequences.
 
-    The bare value is the method without the defects of the public code: the reward at t is not counted in both terms, sum and divisor
-    of a return have the same terms, no padding enters a statistic, and tokens are averaged over the whole step.
+    The bare value is the method without the defects of the public code: the reward at t is not counted in both terms, sum and
+    divisor of a return have the same terms, no padding enters a statistic, and tokens are averaged over the whole step.
     """
 
     kind: Literal["minillm"] = "minillm"
