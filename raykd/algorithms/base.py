@@ -98,7 +98,7 @@ class Algorithm(BaseModel, ABC):
 
 
 def reduce_tokens(values: Tensor, batch: Batch, reduction: Reduction) -> Tensor:
-    """This micro-batch's share of the step's value, ``[B, T] -> []``; divided by ``batch.totals``, an empty response counts for 0."""
+    """This micro-batch's share of the step's value, ``[B, T] -> []``: divided by ``batch.totals``; an empty response gives 0."""
     if reduction == "token_mean":
         return masked_sum(values, batch.mask) / max(batch.totals.tokens, 1)
     sums = masked_sum(values, batch.mask, dim=-1)
