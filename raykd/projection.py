@@ -42,7 +42,7 @@ class Head:
     softcap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """``[n, H] -> [n, V]``. A bfloat16 product is accumulated and kept in float32: rounding the logits would cost 0.06 nats at 16."""
+        """``[n, H] -> [n, V]``. The product of halves is kept in float32: a bfloat16 logit near 16 would be off by up to 0.06."""
         hidden = hidden.to(self.weight.dtype)
         if hidden.is_cuda and self.weight.dtype in (torch.float16, torch.bfloat16):
             logits = torch.mm(hidden, self.weight.T, out_dtype=torch.float32)
@@ -93,8 +93,8 @@ def per_token(
 
     The teacher comes as ``teacher_hidden`` with ``teacher_head``, as ``teacher_logits`` ``[N, V]``, or not at all. With ``probe``
     the teacher's distribution is compared on the way (ValueError when it is not the teacher's own). The heads are always called,
-    never read: under ZeRO-3 that gathers their weights, and ranks must then call equally often, so ``num_chunks`` is the number of
-    chunks of the rank with the most positions; missing chunks run on a row that counts for nothing but stays connected.
+    never read: under ZeRO-3 that gathers their weights, and ranks must then call equally often, so ``num_chunks`` is the number
+    of chunks of the rank with the most positions; missing chunks run on a row that counts for nothing but stays connected.
     """
     if (teacher_hidden is None) != (teacher_head is None) or (teacher_hidden is not None and teacher_logits is not None):
         raise ValueError("per_token: give teacher_hidden with teacher_head, or teacher_logits, or neither")
@@ -124,7 +124,7 @@ def per_token(
 
 @torch.no_grad()
 def teacher_probe(states: Tensor, head: Projection | None, tokens: Tensor, vocab_size: int, chunk: int | None = None) -> Probe:
-    """log-normaliser and log p of the response tokens from the teacher's hidden states ``[N, H]``, or from logits when ``head`` is None."""
+    """What ``Scores`` carries as its probe, from the teacher's hidden states ``[N, H]``, or from logits when ``head`` is None."""
     chunks = _chunks(len(tokens), chunk, vocab_size, 1)
     return _join_probes([_teacher(_rows(states, rows), head, _rows(tokens, rows), vocab_size)[1] for rows in chunks], len(tokens))
 
@@ -166,10 +166,10 @@ def _compare(own: Probe, rebuilt: Probe, dtype: torch.dtype) -> None:
         return
     row, count = int(wrong.nonzero()[0]), int(wrong.sum())
     if not bool(torch.isfinite(torch.stack([*own, *rebuilt])).all()):
-        cause = "some of them are not finite: the states overflowed (float16 for a bfloat16 teacher?) or a token lies outside the vocabulary"
+        cause = "some values are not finite: the states overflowed; never send float16 for a bfloat16 teacher"
     elif not bool(wrong_normaliser.any()):
         cause = (
-            "the normalisers agree, so the head is right but the tokens are not those scored: off by one, or of another rollout"
+            "the normalisers agree, so the head is right, but the tokens are not those scored: off by one, or another rollout's"
         )
     elif count < len(wrong) // 2:
         cause = "most rows agree, so the head is right: these rows are damaged or stale; score them again"
@@ -179,16 +179,17 @@ def _compare(own: Probe, rebuilt: Probe, dtype: torch.dtype) -> None:
             " set, or the vocabulary is cut elsewhere"
         )
     raise ValueError(
-        f"the teacher's distribution could not be rebuilt at {count} of {len(wrong)} positions; first at row {row}: log-normaliser"
-        f" {float(own.log_normaliser[row]):.4f} at the teacher, {float(rebuilt.log_normaliser[row]):.4f} here, log-prob"
-        f" {float(own.logprobs[row]):.4f} and {float(rebuilt.logprobs[row]):.4f} (tolerance {tolerance} for {dtype}). Likely: {cause}."
+        f"the teacher's distribution could not be rebuilt at {count} of {len(wrong)} positions. Likely: {cause}."
+        f" First at row {row}: log-normaliser {float(own.log_normaliser[row]):.4f} at the teacher and"
+        f" {float(rebuilt.log_normaliser[row]):.4f} here, log-prob {float(own.logprobs[row]):.4f} and"
+        f" {float(rebuilt.logprobs[row]):.4f}; tolerance {tolerance} for {dtype}"
     )
 
 
 def _cut(logits: Tensor, vocab_size: int) -> Tensor:
     if logits.shape[-1] < vocab_size:
         raise ValueError(
-            f"{logits.shape[-1]} logits for a vocabulary of {vocab_size} tokens: model and tokenizer do not belong together"
+            f"{logits.shape[-1]} logits for a vocabulary of {vocab_size}: model and tokenizer do not belong together"
         )
     return promote(logits[:, :vocab_size])
 

@@ -38,10 +38,20 @@ class SFT(NegativeLogLikelihood):
 class SeqKD(NegativeLogLikelihood):
     """Sequence-level distillation: L = -sum_t log q(y_t | x, y_<t), y ~ p(. | x); Kim and Rush, arXiv 1606.07947.
 
-    The responses are sampled from the teacher (teacher share 1) instead of searched for by a beam; nothing is scored.
+    The responses are sampled from the teacher (teacher share 1) instead of searched for by a beam. Its log-probs, which are the
+    sampling law's, enter no loss: they make log p - log q an estimate of the sequence-level forward KL.
     """
 
     kind: Literal["seq_kd"] = "seq_kd"
 
+    @property
+    def needs(self) -> Needs:
+        return Needs.SAMPLED
+
     def mixture(self, progress: Progress) -> Mixture:
         return Mixture(student=1.0, teacher_share=1.0)
+
+    def loss(self, per_token: PerToken, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        loss, metrics = super().loss(per_token, batch)
+        sampled = batch.teacher_logprobs + per_token["nll"].detach()
+        return loss, metrics | {"sampled_forward_kl": reduce_tokens(sampled, batch, "token_mean")}
