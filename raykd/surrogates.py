@@ -1,4 +1,4 @@
-"""Policy-gradient surrogates for tokens that another law than the current student's has drawn; tensors are ``[...]``, per token."""
+"""Policy-gradient surrogates for tokens drawn from another law than the current student's; tensors are per token, ``[...]``."""
 
 import torch
 from torch import Tensor
