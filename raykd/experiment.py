@@ -59,6 +59,11 @@ class Stage(_Value):
         """Responses written before learning from them."""
         return max(self.batch_size, self.algorithm.rollouts_per_phase or 0)
 
+    @property
+    def steps_per_phase(self) -> int:
+        """Optimiser steps between two calls to the rollout fleet."""
+        return self.rows_per_phase // self.batch_size * self.algorithm.inner_epochs
+
     @model_validator(mode="after")
     def _divisible(self) -> Self:
         if self.rows_per_phase % self.batch_size:
@@ -73,7 +78,7 @@ class Stage(_Value):
         return self
 
 
-class Engine(_Value):
+class EngineConfig(_Value):
     """One vLLM engine."""
 
     dtype: Dtype = "bfloat16"
@@ -90,16 +95,16 @@ class Engine(_Value):
     """Longest wait for one response."""
 
 
-class RolloutFleet(_Value):
+class RolloutConfig(_Value):
     """Student engines that write responses."""
 
     replicas: Positive = 1
     gpus: float = Field(0.0, ge=0)
     """GPUs of each replica; 0 runs on CPU."""
-    engine: Engine = Engine()
+    engine: EngineConfig = EngineConfig()
 
 
-class TeacherFleet(_Value):
+class TeacherConfig(_Value):
     """Workers that score responses, and write the teacher's tokens where an algorithm mixes."""
 
     replicas: Positive = 1
@@ -107,12 +112,14 @@ class TeacherFleet(_Value):
     dtype: Dtype = "bfloat16"
     batch_tokens: Positive = 16384
     """Positions of one scoring forward pass, padding included."""
-    engine: Engine = Engine(memory=0.5)
+    chunk: Positive = 1024
+    """Positions whose distributions exist at the same time."""
+    engine: EngineConfig = EngineConfig(memory=0.5)
     """The engine beside the scorer, started only where an algorithm mixes teacher tokens in."""
     threads: Positive = 1
 
 
-class Learner(_Value):
+class LearnerConfig(_Value):
     """DeepSpeed ranks."""
 
     ranks: Positive = 1
@@ -131,7 +138,7 @@ class Learner(_Value):
     """Longest wait of one rank for another."""
 
 
-class Evaluation(_Value):
+class EvaluationConfig(_Value):
     """Held-out measures of the student against the teacher, before, between and after the stages."""
 
     prompts: int = Field(64, ge=0)
@@ -142,7 +149,7 @@ class Evaluation(_Value):
     """Answers shown side by side at the end."""
 
 
-class Tracking(_Value):
+class TrackingConfig(_Value):
     """Where numbers go beside ``metrics.jsonl``."""
 
     wandb: bool = True
@@ -167,11 +174,11 @@ class Experiment(_Value):
     """Longest prompt, tokens; longer ones are left out."""
     max_response: Positive = 256
     """Longest response, tokens; longer ones are cut."""
-    rollout: RolloutFleet = RolloutFleet()
-    teachers: TeacherFleet = TeacherFleet()
-    learner: Learner = Learner()
-    evaluation: Evaluation = Evaluation()
-    tracking: Tracking = Tracking()
+    rollout: RolloutConfig = RolloutConfig()
+    teachers: TeacherConfig = TeacherConfig()
+    learner: LearnerConfig = LearnerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
     checkpoint_every: int = Field(0, ge=0)
     """Optimiser steps between checkpoints; 0 only at the end of each stage."""
     seed: int = Field(0, ge=0)

@@ -33,6 +33,8 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 
 
 class _Source(BaseModel):
+    """Where rows come from."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
@@ -49,7 +51,7 @@ class Pairs(_Source):
     prompt: str = "{prompt}"
     """Template over the row's fields."""
     prompt_without_input: str | None = None
-    """Template for rows whose field ``input`` is empty."""
+    """Template for rows in which a field is empty that ``prompt`` names and this one does not."""
     response: str | None = "{response}"
     """Template of the reference answer; None when the data has none."""
 
@@ -98,10 +100,7 @@ def tokenise_pairs(
     """
     prompts = []
     for index, row in enumerate(rows):
-        template = source.prompt
-        if source.prompt_without_input is not None and not row.get("input"):
-            template = source.prompt_without_input
-        prompt_text = _render(template, row, source.path, index)
+        prompt_text = _render(_template(source, row), row, source.path, index)
         prompt_ids = _encode(tokenizer, prompt_text)
         if not 0 < len(prompt_ids) <= max_prompt:
             continue
@@ -189,9 +188,21 @@ class PromptStream(Generic[Item]):
         return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.items))
 
 
+def _fields(template: str) -> set[str]:
+    return {field for _, field, _, _ in Formatter().parse(template) if field}
+
+
+def _template(source: Pairs, row: Mapping[str, Any]) -> str:
+    if source.prompt_without_input is not None:
+        optional = _fields(source.prompt) - _fields(source.prompt_without_input)
+        if any(not row.get(field) for field in optional):
+            return source.prompt_without_input
+    return source.prompt
+
+
 def _render(template: str, row: Mapping[str, Any], path: str, index: int) -> str:
-    for _, field, _, _ in Formatter().parse(template):
-        if field and row.get(field) is None:
+    for field in sorted(_fields(template)):
+        if row.get(field) is None:
             raise ValueError(
                 f"{path}, row {index + 1}: no field {field!r} (the row has {', '.join(sorted(row))}); "
                 "name the right fields in the data templates, or mend the row"

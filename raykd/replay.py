@@ -19,13 +19,10 @@ class ReplayBuffer:
     freshly filled buffer is therefore exactly k shuffled epochs over it.
     """
 
-    def __init__(self, capacity: int, samples_per_insert: int = 1, max_staleness: int = 0, seed: int = 0) -> None:
-        if min(capacity, samples_per_insert) < 1 or max_staleness < 0:
-            raise ValueError(
-                f"replay: capacity {capacity} and samples_per_insert {samples_per_insert} must be at least 1, "
-                f"max_staleness {max_staleness} at least 0"
-            )
-        self.capacity, self.samples_per_insert, self.max_staleness = capacity, samples_per_insert, max_staleness
+    def __init__(self, capacity: int, max_staleness: int, seed: int = 0) -> None:
+        if capacity < 1 or max_staleness < 0:
+            raise ValueError(f"replay: capacity {capacity} must be at least 1, max_staleness {max_staleness} at least 0")
+        self.capacity, self.max_staleness = capacity, max_staleness
         self._rows: list[Row] = []
         self._uses_left: list[int] = []
         self._random = np.random.default_rng(seed)
@@ -33,10 +30,12 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def add(self, rows: list[Row]) -> int:
+    def add(self, rows: list[Row], samples_per_insert: int = 1) -> int:
         """Append rows, the oldest leave when ``capacity`` is passed; returns how many are held."""
+        if samples_per_insert < 1:
+            raise ValueError(f"replay: samples_per_insert {samples_per_insert} must be at least 1: a row is there to be learned from")
         self._rows += rows
-        self._uses_left += [self.samples_per_insert] * len(rows)
+        self._uses_left += [samples_per_insert] * len(rows)
         surplus = max(0, len(self._rows) - self.capacity)
         del self._rows[:surplus], self._uses_left[:surplus]
         return len(self._rows)
@@ -54,6 +53,10 @@ class ReplayBuffer:
             self._uses_left[i] -= 1
         self._keep([i for i, uses in enumerate(self._uses_left) if uses > 0])
         return rows
+
+    def clear(self) -> None:
+        """Forget every row: a new stage starts with rows of its own."""
+        self._keep([])
 
     def state(self) -> dict[str, Any]:
         """Everything but the scores, which a restored run computes again."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from raykd.algorithms.base import Needs
+from raykd.experiment import TeacherConfig
 from raykd.projection import Head, teacher_probe
 from raykd.records import Rollout, Scores
 
@@ -15,12 +16,13 @@ from raykd.records import Rollout, Scores
 class Teacher:
     """Frozen. ``score`` sends the hidden state after the final norm; times ``head`` it is the exact distribution."""
 
-    def __init__(self, model: str, *, dtype: str, vocab_size: int, batch_tokens: int = 16384, chunk: int = 1024) -> None:
+    def __init__(self, model: str, config: TeacherConfig, *, vocab_size: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        causal = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(self.device).eval().requires_grad_(False)
+        causal = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
+        causal = causal.to(self.device).eval().requires_grad_(False)
         self._body = causal.base_model
         self._head = head_of(causal).cut(vocab_size)
-        self.vocab_size, self.batch_tokens, self.chunk = vocab_size, batch_tokens, chunk
+        self.config, self.vocab_size = config, vocab_size
 
     def head(self) -> Head:
         """The language-model head on the CPU, cut to the true vocabulary: the learner's copy."""
@@ -31,12 +33,12 @@ class Teacher:
     def score(self, rollouts: Sequence[Rollout], needs: Needs) -> Scores:
         """Score the responses; the block's rows follow the order of ``rollouts``."""
         hidden: list[Tensor] = [torch.empty(0)] * len(rollouts)
-        for batch in _by_length(rollouts, self.batch_tokens):
+        for batch in _by_length(rollouts, self.config.batch_tokens):
             for index, rows in zip(batch, self._response_states([rollouts[i] for i in batch]), strict=True):
                 hidden[index] = rows
         states = torch.cat(hidden)
         tokens = torch.tensor([token for rollout in rollouts for token in rollout.tokens], device=self.device, dtype=torch.long)
-        log_normaliser, logprobs = teacher_probe(states, self._head, tokens, vocab_size=self.vocab_size, chunk=self.chunk)
+        log_normaliser, logprobs = teacher_probe(states, self._head, tokens, vocab_size=self.vocab_size, chunk=self.config.chunk)
         offsets = [0]
         for rollout in rollouts:
             offsets.append(offsets[-1] + len(rollout.tokens))

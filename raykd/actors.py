@@ -1,0 +1,149 @@
+"""The workers as Ray actors: thin shells that turn references into values and values into references."""
+
+import asyncio
+import inspect
+import itertools
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+
+from raykd.algorithms.base import Needs
+from raykd.experiment import EngineConfig, LearnerConfig, Optimiser, TeacherConfig
+from raykd.records import Rollout
+from raykd.weights import WeightUpdate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts:
+    """What every worker must agree on."""
+
+    student: str
+    """Folder or Hub name of the student's initial weights."""
+    teacher: str | None
+    vocab_size: int
+    """Size of the shared tokenizer: every softmax runs over exactly these ids."""
+    eos_ids: tuple[int, ...]
+    max_length: int
+    """Longest prompt and response together."""
+    seed: int
+
+
+class _Replica:
+    """What RLlib's actor manager asks of an actor."""
+
+    async def ping(self) -> str:
+        return "pong"
+
+    async def apply(self, func: Callable[..., Any], **kwargs: Any) -> Any:
+        result = func(self, **kwargs)
+        return await result if inspect.isawaitable(result) else result
+
+
+class RolloutActor(_Replica):
+    """One student engine."""
+
+    def __init__(self, config: EngineConfig, facts: ModelFacts) -> None:
+        from raykd.rollout.worker import RolloutWorker
+
+        self._worker = RolloutWorker(facts.student, config, facts)
+
+    async def generate(self, requests: Sequence[Any], teacher_share: float, max_tokens: int, teachers: list[ActorHandle]) -> list[Rollout]:
+        writer = RemoteWriter(teachers) if teacher_share > 0 else None
+        return await self._worker.generate(requests, teacher_share=teacher_share, max_tokens=max_tokens, teacher=writer)
+
+    async def load(self, update: WeightUpdate) -> int:
+        buckets = await asyncio.gather(*update.buckets)  # views into the node's object store, not copies
+        return await self._worker.load(replace(update, buckets=tuple(buckets)), fetch=lambda bucket: bucket)
+
+
+class TeacherActor(_Replica):
+    """The frozen teacher: scores responses, and writes its tokens of teacher-mixed ones."""
+
+    def __init__(self, config: TeacherConfig, facts: ModelFacts, writes: bool) -> None:
+        from raykd.teacher import Teacher
+
+        assert facts.teacher is not None
+        self._teacher = Teacher(facts.teacher, config, vocab_size=facts.vocab_size)
+        self._engine = None
+        if writes:
+            from raykd.rollout.vllm_engine import VllmEngine
+
+            self._engine = VllmEngine(facts.teacher, config.engine, facts)
+
+    async def score(self, rollouts: Sequence[Rollout], needs: Needs) -> list[ray.ObjectRef]:
+        """One reference: to the block of scores, which stays in this node's object store."""
+        return [ray.put(await asyncio.to_thread(self._teacher.score, rollouts, needs))]
+
+    async def complete(self, tokens: Sequence[int], max_tokens: int, seed: int) -> Any:
+        assert self._engine is not None, "no stage mixes teacher tokens in"
+        return await self._engine.complete(tokens, max_tokens, seed)
+
+    async def head(self) -> list[ray.ObjectRef]:
+        """One reference: to the frozen copy of the head that every learner rank holds."""
+        return [ray.put(self._teacher.head())]
+
+
+class RemoteWriter:
+    """The teacher engines as one writer: calls go round the replicas."""
+
+    def __init__(self, handles: Sequence[ActorHandle]) -> None:
+        self._handles = itertools.cycle(handles)
+
+    async def complete(self, tokens: Sequence[int], max_tokens: int, seed: int) -> Any:
+        return await next(self._handles).complete.remote(tokens, max_tokens, seed)
+
+
+class LearnerActor:
+    """One learner rank; every verb is the learner's own."""
+
+    def __init__(self, config: LearnerConfig, facts: ModelFacts, rank: int) -> None:
+        self._config, self._facts, self._rank = config, facts, rank
+
+    def address(self) -> tuple[str, int]:
+        """Where rank 0 will listen for the others."""
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return ray.util.get_node_ip_address(), listener.getsockname()[1]
+
+    def start(self, address: tuple[str, int], heads: list[ray.ObjectRef]) -> None:
+        from raykd.learner import Learner
+
+        self._learner = Learner(
+            self._facts.student,
+            config=self._config,
+            rank=self._rank,
+            address=address,
+            vocab_size=self._facts.vocab_size,
+            pad_id=self._facts.eos_ids[0],  # never seen: masks come from lengths
+            teacher_head=ray.get(heads[0]) if heads else None,
+            fetch=ray.get,
+        )
+
+    def begin(self, optimiser: Optimiser) -> None:
+        self._learner.begin(optimiser)
+
+    def step(self, terms: Sequence[Any], learning_rate: float) -> dict[str, float]:
+        return self._learner.step(terms, learning_rate)
+
+    def evaluate(self, terms: Sequence[Any]) -> dict[str, float]:
+        return self._learner.evaluate(terms)
+
+    def publish(self, version: int) -> WeightUpdate | None:
+        return self._learner.publish(version, ray.put)
+
+    def save(self, folder: Path) -> None:
+        self._learner.save(folder)
+
+    def restore(self, folder: Path) -> None:
+        self._learner.restore(folder)
+
+    def save_student(self, folder: Path) -> None:
+        self._learner.save_student(folder)
+
+    def close(self) -> None:
+        self._learner.close()

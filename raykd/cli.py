@@ -1,0 +1,53 @@
+"""The command line of every experiment: its fields as options, and what to do with it."""
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import tyro
+from pydantic import ValidationError
+from rich.console import Console
+
+from raykd.experiment import Experiment
+
+
+def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] | None = None) -> None:
+    """Run ``experiment`` with any of its fields changed by options: ``--stages.0.steps 50``.
+
+    ``scales`` names other sizes of the same run, e.g. ``--scale tiny``.
+    Exits with 2 and one sentence where the input is wrong, with 1 where the run failed.
+    """
+    console = Console()
+    options, rest = _options(sorted(scales or {})).parse_known_args()
+    try:
+        if options.resume is not None:
+            from raykd.run import load_experiment
+
+            experiment = load_experiment(options.resume)
+        elif options.scale is not None:
+            experiment = (scales or {})[options.scale]()
+        experiment = tyro.cli(Experiment, default=experiment, args=rest, description=sys.modules["__main__"].__doc__)
+        if options.show:
+            console.print_json(experiment.model_dump_json())
+            return
+        from raykd.run import run
+
+        result = run(experiment, resume=options.resume, console=console)
+    except ValidationError as error:
+        for problem in error.errors():
+            where = ".".join(map(str, problem["loc"]))
+            console.print(f"[red]error:[/red] {where + ': ' if where else ''}{problem['msg'].removeprefix('Value error, ')}", highlight=False)
+        sys.exit(2)
+    except ValueError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, markup=True)
+        sys.exit(2)
+    console.print(f"student: {result.student}", highlight=False)
+
+
+def _options(scales: list[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run directory from its newest checkpoint")
+    parser.add_argument("--scale", choices=scales, help="another size of the same run")
+    parser.add_argument("--show", action="store_true", help="print the experiment as JSON and stop")
+    return parser

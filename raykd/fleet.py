@@ -1,0 +1,139 @@
+"""Where actors are placed, how work reaches them, what happens when one dies.
+
+    rollouts   N replicas   generate, load        (RLlib's actor manager: health, restarts, deadlines)
+    teachers   N replicas   score, complete       (likewise)
+    learner    N ranks      step, evaluate, publish, save, restore     (one gang: a dead rank ends the run)
+    replay     1 actor      add, sample, state, restore
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.rllib.utils.actor_manager import FaultTolerantActorManager
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+RESTARTS = 3
+"""How often a replica may die and come back in one run."""
+START_DEADLINE_S = 1800.0
+"""Longest wait for GPUs, and for actors to load their models."""
+
+
+class Fleet:
+    """Interchangeable replicas of one worker. One that dies is restarted, and its share of the work done by the others."""
+
+    def __init__(self, name: str, actors: Sequence[ActorHandle], deadline_s: float) -> None:
+        self.name, self.actors, self.deadline_s = name, list(actors), deadline_s
+        self.on_restart: Callable[[], None] = lambda: None
+        """Called after replicas came back, before they get work: they start again with their initial weights."""
+        logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.ERROR)
+        self._manager = FaultTolerantActorManager(self.actors)
+
+    def map(self, method: str, calls: Sequence[dict[str, Any]]) -> list[Any]:
+        """Each call on some healthy replica; results in the order of the calls."""
+        results: dict[int, Any] = {}
+        while len(results) < len(calls):
+            replicas = self._healthy()
+            todo = [index for index in range(len(calls)) if index not in results][: len(replicas)]
+            results |= self._round(method, dict(zip(replicas, todo, strict=False)), calls)
+        return [results[index] for index in range(len(calls))]
+
+    def broadcast(self, method: str, call: dict[str, Any]) -> list[Any]:
+        """The same call on every healthy replica."""
+        replicas = self._healthy()
+        return list(self._round(method, {replica: 0 for replica in replicas}, [call], distinct=False).values())
+
+    def _round(
+        self, method: str, assignment: dict[int, int], calls: Sequence[dict[str, Any]], *, distinct: bool = True
+    ) -> dict[int, Any]:
+        """One call per replica (replica -> index of its call); results by call, or by replica when calls are not distinct."""
+        answers = self._manager.foreach_actor(
+            [method] * len(assignment),
+            kwargs=[calls[index] for index in assignment.values()],
+            remote_actor_ids=list(assignment),
+            timeout_seconds=self.deadline_s,
+        )
+        results, silent = {}, set(assignment)
+        for answer in answers:
+            silent.discard(answer.actor_id)
+            if answer.ok:
+                results[assignment[answer.actor_id] if distinct else answer.actor_id] = answer.get()
+            elif isinstance(answer.get(), RayTaskError):  # the work itself failed: another replica would fail too
+                raise answer.get().as_instanceof_cause()
+        if silent:
+            raise TimeoutError(f"{self.name} fleet: replicas {sorted(silent)} did not finish {method} within {self.deadline_s:g} s")
+        return results
+
+    def _healthy(self) -> list[int]:
+        if self._manager.num_healthy_actors() < self._manager.num_actors():
+            restored = self._manager.probe_unhealthy_actors(timeout_seconds=START_DEADLINE_S, mark_healthy=True)
+            if restored:
+                self.on_restart()
+        replicas = self._manager.healthy_actor_ids()
+        if not replicas:
+            raise RuntimeError(f"{self.name} fleet: no replica is alive after {RESTARTS} restarts each; their logs say why")
+        return replicas
+
+
+class LearnerGang:
+    """The DeepSpeed ranks. They move together: one dead rank ends the run, which then resumes from its checkpoint."""
+
+    def __init__(self, ranks: Sequence[ActorHandle], deadline_s: float) -> None:
+        self.ranks, self.deadline_s = list(ranks), deadline_s
+
+    def each(self, method: str, *arguments: Sequence[Any]) -> list[Any]:
+        """``method(*[a[rank] for a in arguments])`` on every rank; results by rank."""
+        calls = [getattr(actor, method).remote(*(a[rank] for a in arguments)) for rank, actor in enumerate(self.ranks)]
+        return get(calls, self.deadline_s, f"learner {method}")
+
+    def all(self, method: str, *arguments: Any) -> list[Any]:
+        """``method(*arguments)`` on every rank."""
+        return self.each(method, *([argument] * len(self.ranks) for argument in arguments))
+
+
+class Placement:
+    """Reserves all GPUs of a run at once, so that it starts whole or says what is missing; actors on CPU need no reservation."""
+
+    def __init__(self, gpus: Sequence[float]) -> None:
+        """``gpus``: what each actor will ask for, in the order in which they will be created."""
+        self.group: PlacementGroup | None = None
+        self._next_bundle = 0
+        bundles = [{"GPU": amount, "CPU": 1.0} for amount in gpus if amount > 0]
+        if bundles:
+            self.group = placement_group(bundles, strategy="PACK")
+            if not self.group.wait(START_DEADLINE_S):
+                raise TimeoutError(
+                    f"the cluster did not free {sum(gpus):g} GPUs within {START_DEADLINE_S:g} s: stop other jobs or add nodes"
+                )
+
+    def create(self, actor_class: type, *arguments: Any, gpus: float, threads: int, restarts: int = 0) -> ActorHandle:
+        """A remote ``actor_class(*arguments)`` on its reserved GPUs."""
+        strategy: Any = "DEFAULT"
+        if gpus > 0:
+            strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self._next_bundle)
+            self._next_bundle += 1
+        env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        options = {"num_gpus": gpus, "num_cpus": 1 if gpus else 0, "scheduling_strategy": strategy}
+        remote = ray.remote(actor_class).options(runtime_env={"env_vars": env}, max_restarts=restarts, **options)
+        return remote.remote(*arguments)
+
+    def release(self) -> None:
+        """Give the reserved GPUs back."""
+        if self.group is not None:
+            remove_placement_group(self.group)
+
+
+def get(references: Any, deadline_s: float, what: str) -> Any:
+    """``ray.get`` with a deadline, and errors that speak of the work instead of the machinery."""
+    try:
+        return ray.get(references, timeout=deadline_s)
+    except GetTimeoutError as error:
+        raise TimeoutError(f"{what} did not finish within {deadline_s:g} s") from error
+    except RayTaskError as error:
+        raise error.as_instanceof_cause() from None
+    except RayActorError as error:
+        raise RuntimeError(f"{what}: the actor died: {error}") from error

