@@ -32,6 +32,23 @@ class ModelFacts:
     """Longest prompt and response together."""
     seed: int
 
+    def engine(self, config: EngineConfig) -> Any:
+        """A vLLM engine's settings for these models."""
+        from raykd.rollout.config import EngineConfig as EngineSettings
+
+        return EngineSettings(
+            max_length=self.max_length,
+            vocab_size=self.vocab_size,
+            seed=self.seed,
+            dtype=config.dtype,
+            tensor_parallel=config.tensor_parallel,
+            gpu_memory_utilization=config.memory,
+            cpu_kv_cache_gib=config.cpu_cache_gib,
+            max_num_seqs=config.max_sequences,
+            threads=config.threads,
+            deadline=config.deadline_s,
+        )
+
 
 class _Replica:
     """What RLlib's actor manager asks of an actor."""
@@ -50,7 +67,7 @@ class RolloutActor(_Replica):
     def __init__(self, config: EngineConfig, facts: ModelFacts) -> None:
         from raykd.rollout.worker import RolloutWorker
 
-        self._worker = RolloutWorker(facts.student, config, facts)
+        self._worker = RolloutWorker(facts.student, facts.engine(config), facts.eos_ids)
 
     async def generate(self, requests: Sequence[Any], teacher_share: float, max_tokens: int, teachers: list[ActorHandle]) -> list[Rollout]:
         writer = RemoteWriter(teachers) if teacher_share > 0 else None
@@ -73,7 +90,7 @@ class TeacherActor(_Replica):
         if writes:
             from raykd.rollout.vllm_engine import VllmEngine
 
-            self._engine = VllmEngine(facts.teacher, config.engine, facts)
+            self._engine = VllmEngine(facts.teacher, facts.engine(config.engine), facts.eos_ids)
 
     async def score(self, rollouts: Sequence[Rollout], needs: Needs) -> list[ray.ObjectRef]:
         """One reference: to the block of scores, which stays in this node's object store."""

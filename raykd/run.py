@@ -116,11 +116,12 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
 
 
 def connect(experiment: Experiment) -> None:
-    """Join the job's cluster, or start a local Ray; raises ValueError when the cluster has fewer GPUs than asked."""
+    """Join the cluster of this job or of RAY_ADDRESS, else start a local Ray; raises ValueError when it has too few GPUs."""
     if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS", "local")
         # Workers must import the same raykd as the driver, also when it was started by path and not installed.
         env = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
-        ray.init(log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
+        ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
     available = ray.cluster_resources().get("GPU", 0.0)
     if experiment.gpus() > available:
         raise ValueError(
