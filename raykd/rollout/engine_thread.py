@@ -1,0 +1,167 @@
+"""A thread that owns one vLLM engine: requests stream in and are batched step by step, exclusive calls run between batches."""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine, RequestOutput, SamplingParams
+
+# vLLM keeps the context of a forward pass in a module global: two engines of one process must not step at once.
+_STEPPING = threading.Lock()
+
+
+@dataclass
+class _Request:
+    tokens: list[int]
+    params: "SamplingParams"
+    future: "Future[RequestOutput]" = field(default_factory=Future)
+
+
+@dataclass
+class _Call:
+    function: "Callable[[LLMEngine], Any]"
+    fatal: bool
+    future: Future[Any] = field(default_factory=Future)
+
+
+class EngineThread:
+    """Runs ``LLMEngine.step()`` while there are requests. An error of the engine reaches every caller, then and later."""
+
+    def __init__(self, build: "Callable[[], LLMEngine]") -> None:
+        self._inbox: queue.SimpleQueue[_Request | _Call | None] = queue.SimpleQueue()
+        self._backlog: deque[_Request | _Call] = deque()
+        self._running: dict[str, _Request] = {}
+        self._num_requests = 0
+        self._failure: Exception | None = None
+        self._closing = threading.Lock()
+        ready: Future[None] = Future()
+        self._thread = threading.Thread(target=self._run, args=(build, ready), name="vllm-engine", daemon=True)
+        self._thread.start()
+        ready.result()
+
+    def submit(self, tokens: list[int], params: "SamplingParams") -> "Future[RequestOutput]":
+        """Queue a request; cancelling the future aborts it."""
+        return self._put(_Request(tokens, params))
+
+    def exclusive(self, function: "Callable[[LLMEngine], Any]", *, fatal: bool = False) -> Future[Any]:
+        """Run a function once the requests queued before it are answered and before those queued after it begin.
+
+        ``fatal``: an error in it leaves the engine unusable.
+        """
+        return self._put(_Call(function, fatal))
+
+    def close(self) -> None:
+        """Stop the engine; callers still waiting get an error."""
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _put(self, item: _Request | _Call) -> Future[Any]:
+        with self._closing:
+            if self._failure is not None:
+                raise RuntimeError(f"the vLLM engine has stopped ({self._failure}); start a new one") from self._failure
+            self._inbox.put(item)
+        return item.future
+
+    def _run(self, build: "Callable[[], LLMEngine]", ready: Future[None]) -> None:
+        try:
+            with _STEPPING:
+                engine = build()
+        except BaseException as error:
+            ready.set_exception(error)
+            return
+        ready.set_result(None)
+        failure = RuntimeError("it was closed")
+        try:
+            while self._receive():
+                with _STEPPING:
+                    self._admit(engine)
+                    outputs = engine.step() if self._running else []
+                self._deliver(outputs)
+        except Exception as error:
+            failure = error
+        self._fail(failure)
+        with _STEPPING:
+            engine.engine_core.shutdown()
+
+    def _receive(self) -> bool:
+        """Move what has arrived to the backlog, waiting when there is nothing else to do; False to stop."""
+        while True:
+            try:
+                item = self._inbox.get(block=not (self._running or self._backlog))
+            except queue.Empty:
+                return True
+            if item is None:
+                return False
+            self._backlog.append(item)
+
+    def _admit(self, engine: "LLMEngine") -> None:
+        aborted = [name for name, request in self._running.items() if request.future.cancelled()]
+        engine.abort_request(aborted)
+        for name in aborted:
+            del self._running[name]
+        while self._backlog:
+            item = self._backlog[0]
+            if isinstance(item, _Call) and self._running:
+                return
+            self._backlog.popleft()
+            if isinstance(item, _Call):
+                self._call(engine, item)
+            elif not item.future.cancelled():
+                self._begin(engine, item)
+
+    def _call(self, engine: "LLMEngine", call: _Call) -> None:
+        try:
+            result = call.function(engine)
+        except Exception as error:
+            _answer(call.future, error)
+            if call.fatal:
+                raise
+        else:
+            _answer(call.future, result)
+
+    def _begin(self, engine: "LLMEngine", request: _Request) -> None:
+        self._num_requests += 1
+        prompt: Any = {"type": "token", "prompt_token_ids": request.tokens}
+        try:
+            engine.add_request(str(self._num_requests), prompt, request.params)
+        except ValueError as error:  # this request is at fault, not the engine
+            _answer(request.future, error)
+        else:
+            self._running[str(self._num_requests)] = request
+
+    def _deliver(self, outputs: Sequence[Any]) -> None:
+        for output in outputs:
+            if output.finished:
+                _answer(self._running.pop(output.request_id).future, output)
+
+    def _fail(self, error: Exception) -> None:
+        with self._closing:
+            self._failure = error
+        while self._receive_nowait():
+            pass
+        for item in [*self._running.values(), *self._backlog]:
+            _answer(item.future, RuntimeError(f"the vLLM engine has stopped: {error}"))
+
+    def _receive_nowait(self) -> bool:
+        try:
+            item = self._inbox.get_nowait()
+        except queue.Empty:
+            return False
+        if item is not None:
+            self._backlog.append(item)
+        return True
+
+
+def _answer(future: Future[Any], result: Any) -> None:
+    """Complete a future with a value or an error, unless its caller has given up."""
+    if not future.set_running_or_notify_cancel():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

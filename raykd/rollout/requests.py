@@ -1,0 +1,50 @@
+"""What is asked of a rollout worker and what an engine answers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One response to write."""
+
+    prompt_id: str
+    sample: int
+    prompt_tokens: tuple[int, ...]
+    salt: int
+    """What makes the draws of one step differ from another's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one engine wrote."""
+
+    tokens: tuple[int, ...]
+    """EOS included when it was written."""
+    logprobs: tuple[float, ...]
+    """Of each token under the writer, temperature 1."""
+    finished: bool
+    """False when ``max_tokens`` cut it."""
+
+
+class Writer(Protocol):
+    """Anything that continues a text: an engine, or a handle on one elsewhere."""
+
+    async def complete(self, tokens: Sequence[int], max_tokens: int, seed: int) -> Completion:
+        """Continue ``tokens`` until EOS or for ``max_tokens``."""
+        ...
+
+
+class ScoringWriter(Writer, Protocol):
+    """A writer that also says how likely it finds a text."""
+
+    async def score(self, tokens: Sequence[int], start: int) -> list[float]:
+        """Log-probs of ``tokens[start:]``, each given all tokens before it."""
+        ...
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed that depends on nothing but ``parts``: the same in every process, on every machine."""
+    return int.from_bytes(blake2b(repr(parts).encode(), digest_size=8).digest()) >> 1

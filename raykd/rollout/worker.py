@@ -1,0 +1,92 @@
+"""A rollout replica: generate, load, close. Plain; whoever runs it in another process wraps it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from raykd.records import Rollout, Source
+from raykd.rollout.config import EngineConfig
+from raykd.rollout.mixing import mixed_response
+from raykd.rollout.requests import GenerationRequest, Writer, derive_seed
+from raykd.rollout.vllm_engine import VllmEngine, fetch_buckets
+from raykd.weights import Bucket, WeightUpdate
+
+
+class RolloutWorker:
+    """Writes responses as the student, the teacher or both; every response is written by one version of the student.
+
+    ``load`` waits until the responses in progress are written, and later ``generate`` calls wait for it.
+    """
+
+    def __init__(self, model: str, config: EngineConfig, eos_token_ids: Sequence[int], version: int = 0) -> None:
+        self.version = version
+        self._seed = config.seed
+        self.engine = VllmEngine(model, config, eos_token_ids)
+        self._turn = asyncio.Condition()
+        self._num_generating = 0
+        self._loading = False
+
+    async def generate(
+        self, requests: Sequence[GenerationRequest], teacher_share: float, max_tokens: int, teacher: Writer | None = None
+    ) -> list[Rollout]:
+        """One rollout a request, all written at once; an error in one is an error of the call."""
+        if not 0 <= teacher_share <= 1:
+            raise ValueError(f"teacher_share must be within [0, 1], got {teacher_share}")
+        if teacher_share > 0 and teacher is None:
+            raise ValueError(f"teacher_share is {teacher_share} but no teacher was given to write with")
+        async with self._generating():
+            responses = [self._write(request, teacher_share, max_tokens, teacher or self.engine) for request in requests]
+            writing = [asyncio.ensure_future(response) for response in responses]
+            try:
+                return list(await asyncio.gather(*writing))
+            finally:
+                for task in writing:
+                    task.cancel()
+
+    async def load(self, update: WeightUpdate, fetch: Callable[[Any], Bucket]) -> int:
+        """Replace the student's weights; returns the version. Fetching overlaps with generation, replacing does not."""
+        buckets = await fetch_buckets(update, fetch)
+        async with self._turn:
+            await self._turn.wait_for(lambda: not self._loading)
+            self._loading = True
+            await self._turn.wait_for(lambda: self._num_generating == 0)
+        try:
+            self.version = await self.engine.install(update.version, buckets)
+            return self.version
+        finally:
+            async with self._turn:
+                self._loading = False
+                self._turn.notify_all()
+
+    def close(self) -> None:
+        """Stop the engine."""
+        self.engine.close()
+
+    @asynccontextmanager
+    async def _generating(self) -> AsyncIterator[None]:
+        async with self._turn:
+            await self._turn.wait_for(lambda: not self._loading)
+            self._num_generating += 1
+        try:
+            yield
+        finally:
+            async with self._turn:
+                self._num_generating -= 1
+                self._turn.notify_all()
+
+    async def _write(self, request: GenerationRequest, teacher_share: float, max_tokens: int, teacher: Writer) -> Rollout:
+        # The version is part of the seed: the same prompt asked of a new policy is a new draw.
+        seed = derive_seed(self._seed, request.salt, request.prompt_id, request.sample, self.version)
+        response = await mixed_response(request.prompt_tokens, self.engine, teacher, teacher_share, max_tokens, seed)
+        return Rollout(
+            prompt_id=request.prompt_id,
+            sample=request.sample,
+            prompt_tokens=request.prompt_tokens,
+            tokens=response.tokens,
+            source={0.0: Source.STUDENT, 1.0: Source.TEACHER}.get(teacher_share, Source.MIXED),
+            teacher_share=teacher_share,
+            student_logprobs=response.logprobs,
+            version=self.version,
+            finished=response.finished,
+        )
