@@ -1,0 +1,107 @@
+"""What the tests of the algorithms share: random cases, hand-made cases in halves, and the two steps of an algorithm in one."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from raykd.algorithms.base import Algorithm
+from raykd.logprobs import gather, mixture_logprobs
+from raykd.records import Batch, Totals, response_mask
+
+# Distributions over five tokens whose log-ratios are whole numbers of bits. In bits:
+# KL(STEEP || FLAT) = KL(FLAT || STEEP) = 1/4, KL(STEEP || TURNED) = KL(TURNED || STEEP) = 27/16.
+STEEP = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 16)
+FLAT = (1 / 4, 1 / 4, 1 / 4, 1 / 8, 1 / 8)
+TURNED = (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+ANY = (1 / 16, 1 / 2, 1 / 16, 1 / 4, 1 / 8)
+
+
+@dataclass(frozen=True)
+class Case:
+    """B responses with both distributions at every position."""
+
+    logits: Tensor
+    """[B, T, V], the student's."""
+    teacher: Tensor
+    """[B, T, V] log-probs."""
+    batch: Batch
+
+
+def random_case(lengths: list[int], *, vocab: int = 5, seed: int = 0, share: float = 0.2, drift: float = 0.3) -> Case:
+    """Float64; the student has moved by ``drift`` since it wrote the responses with the teacher's share ``share``."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths, default=0), vocab)
+    old, teacher, step = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+    tokens = torch.randint(vocab, shape[:2], generator=generator)
+    return make_case(old + drift * step, old, teacher.log_softmax(-1), tokens, lengths, share)
+
+
+def make_case(logits: Tensor, old: Tensor, teacher: Tensor, tokens: Tensor, lengths: list[int], share: float) -> Case:
+    mask = response_mask(lengths)
+    student_logprobs, teacher_logprobs = gather(old.log_softmax(-1), tokens), gather(teacher, tokens)
+    batch = Batch(
+        tokens=torch.where(mask, tokens, 0),
+        mask=mask,
+        totals=Totals(tokens=sum(lengths), sequences=len(lengths)),
+        student_logprobs=torch.where(mask, student_logprobs, 0.0),
+        teacher_logprobs=torch.where(mask, teacher_logprobs, 0.0),
+        behaviour_logprobs=torch.where(mask, mixture_logprobs(student_logprobs, teacher_logprobs, share), 0.0),
+    )
+    return Case(logits, teacher, batch)
+
+
+def hand_case() -> Case:
+    """2 responses of 3 and 2 tokens over 5 tokens, on-policy: student FLAT and teacher STEEP, then STEEP and TURNED."""
+    student = torch.tensor([[FLAT, FLAT, FLAT], [STEEP, STEEP, ANY]], dtype=torch.float64).log()
+    teacher = torch.tensor([[STEEP, STEEP, STEEP], [TURNED, TURNED, ANY]], dtype=torch.float64).log()
+    return make_case(student, student, teacher, torch.tensor([[0, 1, 2], [0, 4, 3]]), [3, 2], share=0.0)
+
+
+def part(case: Case, rows: list[int], width: int | None = None) -> Case:
+    """Some responses as a micro-batch of the same step, cut to the longest of them or to ``width`` positions."""
+    width = int(case.batch.mask[rows].sum(-1).max()) if width is None else width
+    names = ("tokens", "mask", "student_logprobs", "teacher_logprobs", "behaviour_logprobs")
+    batch = replace(case.batch, **{name: getattr(case.batch, name)[rows, :width] for name in names})
+    return Case(case.logits[rows, :width], case.teacher[rows, :width], batch)
+
+
+def evaluate(algorithm: Algorithm, case: Case, logits: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """Vocabulary, then sequence; padding is 0 in between, as the learner leaves it."""
+    student = (case.logits if logits is None else logits).log_softmax(-1)
+    values = algorithm.per_token(student, case.teacher, case.batch.tokens)
+    return algorithm.loss({name: torch.where(case.batch.mask, value, 0.0) for name, value in values.items()}, case.batch)
+
+
+def loss_and_gradient(algorithm: Algorithm, case: Case) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient to the student's logits ``[B, T, V]``."""
+    logits = case.logits.clone().requires_grad_()
+    loss, _ = evaluate(algorithm, case, logits)
+    return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+
+def check_micro_batches(algorithm: Algorithm, case: Case, split: list[list[int]]) -> None:
+    """Any split into micro-batches sums to the whole: loss, metrics and gradient, with all padding cut away."""
+    whole, gradient = loss_and_gradient(algorithm, case)
+    _, metrics = evaluate(algorithm, case)
+    parts = [part(case, rows) for rows in split if rows]
+    torch.testing.assert_close(sum(loss_and_gradient(algorithm, piece)[0] for piece in parts), whole)
+    for name, value in metrics.items():
+        torch.testing.assert_close(sum(evaluate(algorithm, piece)[1][name] for piece in parts), value, msg=name)
+    rebuilt = torch.zeros_like(gradient)
+    for rows, piece in zip([rows for rows in split if rows], parts, strict=True):
+        rebuilt[rows, : piece.logits.shape[1]] = loss_and_gradient(algorithm, piece)[1]
+    torch.testing.assert_close(rebuilt, gradient)
+
+
+def check_nothing_to_learn(algorithm: Algorithm) -> None:
+    """No tokens, or only padding: loss and metrics are 0, and the gradient exists and is 0."""
+    padding = random_case([3, 2])
+    empty_mask = replace(padding.batch, mask=torch.zeros_like(padding.batch.mask))
+    for case in (random_case([0, 0]), Case(padding.logits, padding.teacher, empty_mask), random_case([])):
+        logits = case.logits.clone().requires_grad_()
+        loss, metrics = evaluate(algorithm, case, logits)
+        loss.backward()
+        assert loss.item() == 0
+        assert all(value.item() == 0 for value in metrics.values()), metrics
+        assert logits.grad is not None and not logits.grad.any()

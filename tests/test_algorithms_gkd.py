@@ -1,0 +1,154 @@
+"""KD, ImitKD and GKD: hand-worked values, golden numbers and what every divergence must keep through the reduction."""
+
+import math
+
+import pytest
+import torch
+from algorithm_cases import (
+    Case,
+    check_micro_batches,
+    check_nothing_to_learn,
+    evaluate,
+    hand_case,
+    loss_and_gradient,
+    make_case,
+    random_case,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from raykd.algorithms import GKD, KD, ImitKD, Needs, Progress
+from raykd.algorithms.base import Reduction
+from raykd.algorithms.gkd import (
+    JSD,
+    AdaptiveKL,
+    AlphaBeta,
+    AnyDivergence,
+    ForwardKL,
+    Jeffreys,
+    ReverseKL,
+    SkewForwardKL,
+    SkewReverseKL,
+    TotalVariation,
+)
+
+START = Progress(step=0, steps=10)
+EVERY: list[AnyDivergence] = [
+    ForwardKL(),
+    ReverseKL(),
+    JSD(),
+    SkewForwardKL(),
+    SkewReverseKL(),
+    AdaptiveKL(),
+    TotalVariation(),
+    Jeffreys(),
+    AlphaBeta(),
+]
+
+
+def golden_case() -> Case:
+    student = torch.tensor([[[0.2, 0.4, 0.1, 0.3]]], dtype=torch.float64).log()
+    teacher = torch.tensor([[[0.5, 0.3, 0.15, 0.05]]], dtype=torch.float64).log()
+    return make_case(student, student, teacher, torch.tensor([[1]]), [1], share=0.0)
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL()])
+def test_loss_by_hand(divergence: AnyDivergence) -> None:
+    """Divergences of 1/4, 1/4, 1/4 and 27/16, 27/16 bits, in either direction, over 5 tokens or 2 responses."""
+    token_sum = 3 / 4 + 27 / 8
+    bits: dict[Reduction, float] = {
+        "token_mean": token_sum / 5,
+        "sequence_mean": (1 / 4 + 27 / 16) / 2,
+        "sequence_sum": token_sum / 2,
+    }
+    for reduction, expected in bits.items():
+        loss, metrics = evaluate(GKD(divergence=divergence, reduction=reduction), hand_case())
+        assert loss.item() == pytest.approx(expected * math.log(2), abs=1e-12)
+        assert metrics["divergence"].item() == pytest.approx(token_sum / 5 * math.log(2), abs=1e-12)
+        assert metrics["nll"].item() == pytest.approx(11 / 5 * math.log(2), abs=1e-12)
+        # FLAT has 9/4 bits of entropy, STEEP 15/8.
+        assert metrics["entropy"].item() == pytest.approx((3 * 9 / 4 + 2 * 15 / 8) / 5 * math.log(2), abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "value", "gradient"),
+    [
+        (ForwardKL(), 0.343073, (-0.3, 0.1, -0.05, 0.25)),
+        (ReverseKL(), 0.428796, (-0.269017, -0.056446, -0.083426, 0.408889)),
+        (JSD(beta=0.1), 0.030841, (-0.025769, 0.007891, -0.004697, 0.022575)),
+        (JSD(beta=0.5), 0.088838, (-0.064049, 0.010531, -0.015201, 0.068718)),
+        (JSD(beta=0.9), 0.036302, (-0.023284, -0.002197, -0.006814, 0.032295)),
+        (SkewForwardKL(alpha=0.1), 0.277819, (-0.222126, 0.061433, -0.043982, 0.204676)),
+        (SkewReverseKL(alpha=0.1), 0.309806, (-0.203951, 0.001230, -0.056331, 0.259053)),
+        (AdaptiveKL(), 0.392057, (-0.282296, 0.010603, -0.069101, 0.340794)),
+        (TotalVariation(), 0.35, (-0.14, 0.12, -0.07, 0.09)),
+        (Jeffreys(), 0.771869, (-0.569017, 0.043554, -0.133426, 0.658889)),
+        (AlphaBeta(), 0.466532, None),
+    ],
+)
+def test_golden_loss_and_gradient(divergence: AnyDivergence, value: float, gradient: tuple[float, ...] | None) -> None:
+    """By the formulas of arXiv 2306.13649 (KL, JSD), 2402.03898 (skew), 2404.02657 (AKL), 2505.04560 (alpha-beta)."""
+    loss, got = loss_and_gradient(GKD(divergence=divergence), golden_case())
+    assert loss.item() == pytest.approx(value, abs=1e-6)
+    if gradient is not None:
+        assert got.flatten().tolist() == pytest.approx(gradient, abs=1.5e-6)
+
+
+@pytest.mark.parametrize("divergence", EVERY)
+def test_a_student_equal_to_the_teacher_has_nothing_to_learn(divergence: AnyDivergence) -> None:
+    case = random_case([3, 2])
+    same = Case(case.logits, case.logits.log_softmax(-1), case.batch)
+    loss, gradient = loss_and_gradient(GKD(divergence=divergence), same)
+    assert abs(loss.item()) < 1e-12
+    assert gradient.abs().max().item() < 1e-12
+
+
+@pytest.mark.parametrize("divergence", EVERY)
+def test_another_teacher_moves_the_gradient_at_real_tokens_only(divergence: AnyDivergence) -> None:
+    """A teacher with the student's preferences sharpened, then one with the opposite preferences."""
+    case = random_case([3, 2])
+    teachers = [(2 * case.logits).log_softmax(-1), (-2 * case.logits).log_softmax(-1)]
+    before, after = (loss_and_gradient(GKD(divergence=divergence), Case(case.logits, t, case.batch))[1] for t in teachers)
+    moved = (before - after).abs().amax(-1) > 1e-4
+    assert torch.equal(moved, case.batch.mask)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(0, 4), min_size=2, max_size=5), seed=st.integers(0, 99), cut=st.integers(0, 5))
+def test_any_split_into_micro_batches_sums_to_the_whole(lengths: list[int], seed: int, cut: int) -> None:
+    rows = list(range(len(lengths)))
+    for reduction in ("token_mean", "sequence_mean"):
+        check_micro_batches(GKD(reduction=reduction), random_case(lengths, seed=seed), [rows[cut:], rows[:cut]])
+
+
+@pytest.mark.parametrize("algorithm", [KD(), ImitKD(), GKD(), GKD.paper(), GKD(divergence=AdaptiveKL())])
+def test_nothing_to_learn_gives_zero(algorithm: KD | ImitKD | GKD) -> None:
+    check_nothing_to_learn(algorithm)
+
+
+def test_who_writes() -> None:
+    assert (KD().mixture(START).dataset, KD().mixture(START).student) == (1, 0)
+    assert (ImitKD().mixture(START).dataset, ImitKD().mixture(START).student) == (0.5, 0.5)
+    assert (GKD().mixture(START).dataset, GKD().mixture(START).student) == (0, 1)
+    assert GKD(student_share=0.3).mixture(START).dataset == pytest.approx(0.7)
+    assert all(algorithm.needs is Needs.DISTRIBUTION for algorithm in (KD(), ImitKD(), GKD()))
+    assert KD().divergence == ImitKD().divergence == ForwardKL()
+
+
+def test_paper_averages_over_the_positions_of_a_response_first() -> None:
+    assert GKD.paper().reduction == "sequence_mean"
+    assert GKD.paper().divergence == GKD().divergence
+
+
+def test_a_divergence_is_read_from_json_by_its_kind() -> None:
+    algorithm = GKD.model_validate_json('{"divergence": {"kind": "jsd", "beta": 0.1}, "student_share": 0.5}')
+    assert algorithm == GKD(divergence=JSD(beta=0.1), student_share=0.5)
+    for divergence in EVERY:
+        assert GKD.model_validate_json(GKD(divergence=divergence).model_dump_json()).divergence == divergence
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_the_ends_of_jsd_are_refused(beta: float) -> None:
+    with pytest.raises(ValidationError, match="beta"):
+        JSD(beta=beta)

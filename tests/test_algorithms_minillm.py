@@ -1,0 +1,260 @@
+"""MiniLLM: its expected gradient by enumeration of all responses, golden numbers, and what every option changes."""
+
+import itertools
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from algorithm_cases import (
+    Case,
+    check_micro_batches,
+    check_nothing_to_learn,
+    evaluate,
+    hand_case,
+    loss_and_gradient,
+    make_case,
+    random_case,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from torch import Tensor
+
+from raykd.algorithms import MiniLLM, Needs, Progress
+from raykd.logprobs import gather
+from raykd.records import Batch, Totals
+
+VOCAB, LENGTH = 3, 3
+EVERY_RESPONSE = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))
+PREFIX_ROWS = torch.stack(
+    [torch.zeros(27, dtype=torch.int64), 1 + EVERY_RESPONSE[:, 0], 4 + 3 * EVERY_RESPONSE[:, 0] + EVERY_RESPONSE[:, 1]], 1
+)
+"""[27, 3]: which row of a table [13, V], one row a prefix, predicts each token of each response."""
+
+PLAIN = MiniLLM(teacher_share=0.0, clip=None, length_normalise=False, reduction="sequence_sum")
+
+
+def tables(seed: int) -> tuple[Tensor, Tensor]:
+    """Student logits and teacher log-probs for every prefix; [13, V]."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = (torch.randn(13, VOCAB, generator=generator, dtype=torch.float64) for _ in range(2))
+    return student, teacher.log_softmax(-1)
+
+
+def sequence_logprob(logprobs: Tensor) -> Tensor:
+    """log-probability of each of the 27 responses under a table of log-probs; [27]."""
+    return gather(logprobs[PREFIX_ROWS], EVERY_RESPONSE).sum(-1)
+
+
+def exact_gradient(student: Tensor, teacher: Tensor) -> Tensor:
+    """d/d student of sum_y q(y) (log q(y) - log p(y))."""
+    leaf = student.clone().requires_grad_()
+    q = sequence_logprob(leaf.log_softmax(-1))
+    return torch.autograd.grad((q.exp() * (q - sequence_logprob(teacher))).sum(), leaf)[0]
+
+
+def expected_gradient(algorithm: MiniLLM, student: Tensor, teacher: Tensor) -> Tensor:
+    """sum_y q(y) d/d student loss(y), each response a step of its own."""
+    leaf = student.clone().requires_grad_()
+    weights = sequence_logprob(student.log_softmax(-1)).exp()
+    assert weights.sum().item() == pytest.approx(1, abs=1e-12)
+    total = torch.zeros((), dtype=torch.float64)
+    for rows, tokens, weight in zip(PREFIX_ROWS[:, None], EVERY_RESPONSE[:, None], weights, strict=True):
+        case = make_case(leaf[rows], student[rows], teacher[rows], tokens, [LENGTH], share=0.0)
+        total = total + weight * evaluate(algorithm, case)[0]
+    return torch.autograd.grad(total, leaf)[0]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(
+    "algorithm",
+    [PLAIN, PLAIN.model_copy(update={"single_step": False, "include_current_reward": True})],
+    ids=["exact term and future returns", "returns alone"],
+)
+def test_expected_gradient_is_that_of_the_sequence_level_reverse_kl(algorithm: MiniLLM, seed: int) -> None:
+    student, teacher = tables(seed)
+    torch.testing.assert_close(
+        expected_gradient(algorithm, student, teacher), exact_gradient(student, teacher), atol=1e-12, rtol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"include_current_reward": True},
+        {"single_step": False},
+        {"discount": 0.9},
+        {"length_normalise": True},
+        {"reward_scale": 0.5},
+    ],
+)
+def test_each_shortcut_changes_the_expected_gradient(change: dict[str, object]) -> None:
+    """Counting r_t twice, leaving a term out, discounting, normalising and scaling are other objectives, not other estimators."""
+    student, teacher = tables(0)
+    got = expected_gradient(PLAIN.model_copy(update=change), student, teacher)
+    assert (got - exact_gradient(student, teacher)).abs().max().item() > 1e-3
+
+
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_importance_weights_undo_the_teacher_mixture(share: float) -> None:
+    """One token drawn from mu = share p + (1 - share) q_old by a student that has moved since: still the exact gradient."""
+    old, teacher = (table[:1] for table in tables(2))
+    leaf = (old + torch.tensor([[0.3, -0.2, 0.1]], dtype=torch.float64)).requires_grad_()
+    mixed = share * teacher.exp() + (1 - share) * old.softmax(-1)
+    algorithm = PLAIN.model_copy(update={"teacher_share": share, "single_step": False, "include_current_reward": True})
+    total = torch.zeros((), dtype=torch.float64)
+    for token in range(VOCAB):
+        case = make_case(leaf[None], old[None], teacher[None], torch.tensor([[token]]), [1], share)
+        total = total + mixed[0, token] * evaluate(algorithm, case)[0]
+    got = torch.autograd.grad(total, leaf)[0]
+    probability = leaf.softmax(-1)
+    reward = teacher - old.log_softmax(-1)
+    expected = torch.autograd.grad(-(probability * reward).sum(), leaf)[0]
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+def test_loss_by_hand() -> None:
+    """In bits: rewards 1, 0, -1 and -3, 3, their future means -1/2, -1, 0 and 3, 0; reverse KL 1/4 and 27/16; rho = 1."""
+    algorithm = MiniLLM(teacher_share=0.0)
+    loss, metrics = evaluate(algorithm, hand_case())
+    bits = {
+        "policy_loss": -1.5 / 5,
+        "single_step_loss": (3 / 4 + 27 / 8) / 5,
+        "reverse_kl": (3 / 4 + 27 / 8) / 5,
+        "sampled_reverse_kl": 0.0,
+        "advantage": 1.5 / 5,
+        "entropy": (3 * 9 / 4 + 2 * 15 / 8) / 5,
+    }
+    assert loss.item() == pytest.approx((-1.5 + 3 / 4 + 27 / 8) / 5 * math.log(2), abs=1e-12)
+    for name, expected in bits.items():
+        assert metrics.pop(name).item() == pytest.approx(expected * math.log(2), abs=1e-12), name
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(
+        {"importance_weight": 1.0, "importance_weight_squared": 1.0, "clip_fraction": 0.0}
+    )
+
+
+def golden_batch() -> Batch:
+    """Rewards -1, -2, -3, -1/2 of the worked example for arXiv 2306.08543; log q_old and mixture weights of its surrogate."""
+    old = torch.tensor([[-1.0, -2.0, -3.0, -1.0]], dtype=torch.float64)
+    weights = torch.tensor([[1.25, 1.0, 0.1, 0.9]], dtype=torch.float64)
+    return Batch(
+        tokens=torch.zeros(1, 4, dtype=torch.int64),
+        mask=torch.ones(1, 4, dtype=torch.bool),
+        totals=Totals(tokens=4, sequences=1),
+        student_logprobs=old,
+        teacher_logprobs=old + torch.tensor([[-1.0, -2.0, -3.0, -0.5]], dtype=torch.float64),
+        behaviour_logprobs=old - weights.log(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"),
+    [
+        (MiniLLM(), (-1.833333, -1.75, -0.5, 0.0)),
+        (MiniLLM.paper(), (-1.833333, -1.75, -0.5, 0.0)),
+        (MiniLLM.lmops().model_copy(update={"reward_scale": 1.0}), (-1.509047, -1.767083, -1.7375, -0.5)),
+        (MiniLLM.lmops(), (-3.018094, -3.534167, -3.475, -1.0)),
+        (MiniLLM(length_normalise=False), (-5.5, -3.5, -0.5, 0.0)),
+        (MiniLLM(reward_clip=1.5), (-3.5 / 3, -1.0, -0.5, 0.0)),
+    ],
+)
+def test_golden_advantages(algorithm: MiniLLM, expected: tuple[float, ...]) -> None:
+    """The paper's and microsoft/LMOps' returns of the same rewards."""
+    assert algorithm.advantages(golden_batch())[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_golden_surrogate() -> None:
+    """microsoft/LMOps' returns and ratios: mean 2.669180 over four tokens; the middle two beyond the clip, without gradient."""
+    new = torch.tensor([[-0.9, -2.3, -2.5, -1.0]], dtype=torch.float64, requires_grad=True)
+    per_token = {"logprob": new, "reverse_kl": torch.zeros_like(new), "entropy": torch.zeros_like(new)}
+    loss, metrics = MiniLLM.lmops().loss(per_token, golden_batch())
+    loss.backward()
+    assert loss.item() == pytest.approx(2.669180, abs=1e-6)
+    assert metrics["clip_fraction"].item() == pytest.approx(0.5)
+    assert metrics["importance_weight"].item() == pytest.approx((1.381464 + 0.740818 + 0.164872 + 0.9) / 4, abs=1e-6)
+    assert new.grad is not None
+    assert new.grad[0].tolist() == pytest.approx([4.169387 / 4, 0, 0, 0.9 / 4], abs=1e-6)
+
+
+def test_paper_weights_the_exact_term_by_the_ratio() -> None:
+    case = random_case([3, 2], share=0.2)
+    student = case.logits.log_softmax(-1)
+    ratio = (gather(student, case.batch.tokens) - case.batch.behaviour_logprobs).exp()
+    exact = (student.exp() * (student - case.teacher)).sum(-1)
+    _, metrics = evaluate(MiniLLM.paper(), case)
+    expected = (ratio * exact * case.batch.mask).sum() / 2
+    torch.testing.assert_close(metrics["single_step_loss"], expected)
+    torch.testing.assert_close(evaluate(MiniLLM(), case)[1]["single_step_loss"], (exact * case.batch.mask).sum() / 5)
+
+
+@settings(max_examples=15, deadline=None)
+@given(lengths=st.lists(st.integers(0, 4), min_size=2, max_size=5), seed=st.integers(0, 99), cut=st.integers(0, 5))
+def test_any_split_into_micro_batches_sums_to_the_whole(lengths: list[int], seed: int, cut: int) -> None:
+    rows = list(range(len(lengths)))
+    for algorithm in (MiniLLM(), MiniLLM.paper(), MiniLLM.lmops()):
+        check_micro_batches(algorithm, random_case(lengths, seed=seed), [rows[:cut], rows[cut:]])
+
+
+@pytest.mark.parametrize("algorithm", [MiniLLM(), MiniLLM.paper(), MiniLLM.lmops(), MiniLLM(single_step=False)])
+def test_nothing_to_learn_gives_zero(algorithm: MiniLLM) -> None:
+    check_nothing_to_learn(algorithm)
+
+
+def test_what_stands_in_the_padding_does_not_matter() -> None:
+    case = random_case([3, 1])
+    padding = ~case.batch.mask
+    names = ("student_logprobs", "teacher_logprobs", "behaviour_logprobs")
+    filled = {name: getattr(case.batch, name).masked_fill(padding, -7.0) for name in names}
+    dirty = Case(case.logits, case.teacher, replace(case.batch, **filled))
+    for clean, other in zip(loss_and_gradient(MiniLLM(), case), loss_and_gradient(MiniLLM(), dirty), strict=True):
+        torch.testing.assert_close(clean, other)
+    assert not loss_and_gradient(MiniLLM(), case)[1][padding].any()
+
+
+@pytest.mark.parametrize("algorithm", [MiniLLM(), MiniLLM(single_step=False)])
+def test_another_teacher_moves_the_gradient(algorithm: MiniLLM) -> None:
+    """Through the exact term at every real token; through the rewards wherever something follows."""
+    case = random_case([4, 2], share=0.0, drift=0.0)
+    teacher = (
+        case.teacher + torch.randn(case.teacher.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    ).log_softmax(-1)
+    rewards = torch.where(case.batch.mask, gather(teacher, case.batch.tokens), 0.0)
+    other = Case(case.logits, teacher, replace(case.batch, teacher_logprobs=rewards))
+    moved = (loss_and_gradient(algorithm, case)[1] - loss_and_gradient(algorithm, other)[1]).abs().amax(-1) > 1e-4
+    followed = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    assert torch.equal(moved, case.batch.mask if algorithm.single_step else followed)
+
+
+def test_rewards_carry_no_gradient_and_return_zero_at_equality() -> None:
+    case = random_case([3, 3], share=0.0, drift=0.0)
+    same = make_case(case.logits, case.logits, case.logits.log_softmax(-1), case.batch.tokens, [3, 3], share=0.0)
+    loss, gradient = loss_and_gradient(MiniLLM(), same)
+    assert abs(loss.item()) < 1e-12
+    assert gradient.abs().max().item() < 1e-12
+
+
+def test_settings_of_the_loop() -> None:
+    algorithm, start = MiniLLM(), Progress(step=0, steps=10)
+    assert (algorithm.mixture(start).student, algorithm.mixture(start).teacher_share) == (1, 0.2)
+    assert (algorithm.rollouts_per_phase, algorithm.inner_epochs, algorithm.text_weight) == (256, 4, 1.0)
+    assert algorithm.needs is Needs.DISTRIBUTION
+    assert MiniLLM(single_step=False).needs is Needs.SAMPLED
+
+
+def test_presets_differ_from_the_default_only_where_they_should() -> None:
+    default = MiniLLM().model_dump()
+    differing = {name: {k: v for k, v in preset.model_dump().items() if v != default[k]} for name, preset in PRESETS.items()}
+    assert differing == {
+        "paper": {"weight_single_step": True, "reduction": "sequence_sum"},
+        "lmops": {"include_current_reward": True, "discount": 0.95, "reward_scale": 0.5, "reward_clip": 100.0},
+    }
+
+
+PRESETS = {"paper": MiniLLM.paper(), "lmops": MiniLLM.lmops()}
+
+
+@pytest.mark.parametrize("field", ["teacher_share", "clip", "reward_scale"])
+def test_impossible_settings_are_refused_by_name(field: str) -> None:
+    with pytest.raises(ValidationError, match=field):
+        MiniLLM.model_validate({field: 1.0 if field != "reward_scale" else 0.0})

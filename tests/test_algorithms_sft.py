@@ -1,0 +1,79 @@
+"""SFT and SeqKD on hand-worked numbers, and what every reduction must keep."""
+
+import math
+
+import pytest
+import torch
+from algorithm_cases import check_micro_batches, check_nothing_to_learn, evaluate, hand_case, loss_and_gradient, random_case
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import TypeAdapter, ValidationError
+
+from raykd.algorithms import SFT, AnyAlgorithm, Needs, Progress, SeqKD
+from raykd.algorithms.base import Reduction
+
+START = Progress(step=0, steps=10)
+
+
+def test_loss_by_hand() -> None:
+    """Chosen probabilities 1/4, 1/4, 1/4 and 1/2, 1/16: 2 + 2 + 2 + 1 + 4 bits over 5 tokens or 2 responses."""
+    bits: dict[Reduction, float] = {"token_mean": 11 / 5, "sequence_mean": (6 / 3 + 5 / 2) / 2, "sequence_sum": 11 / 2}
+    for reduction, expected in bits.items():
+        loss, metrics = evaluate(SFT(reduction=reduction), hand_case())
+        assert loss.item() == pytest.approx(expected * math.log(2), abs=1e-12)
+        assert metrics["nll"].item() == pytest.approx(11 / 5 * math.log(2), abs=1e-12)
+
+
+def test_gradient_is_probability_minus_choice() -> None:
+    case = random_case([3, 1])
+    _, gradient = loss_and_gradient(SFT(), case)
+    expected = case.logits.softmax(-1) - torch.nn.functional.one_hot(case.batch.tokens, 5)
+    torch.testing.assert_close(gradient, expected * case.batch.mask[..., None] / 4)
+
+
+def test_loss_equals_cross_entropy_of_torch() -> None:
+    case = random_case([4, 0, 2])
+    mask = case.batch.mask
+    expected = torch.nn.functional.cross_entropy(case.logits[mask], case.batch.tokens[mask])
+    torch.testing.assert_close(loss_and_gradient(SFT(), case)[0], expected)
+
+
+@settings(max_examples=20, deadline=None)
+@given(lengths=st.lists(st.integers(0, 4), min_size=2, max_size=6), seed=st.integers(0, 99), cut=st.integers(0, 6))
+def test_any_split_into_micro_batches_sums_to_the_whole(lengths: list[int], seed: int, cut: int) -> None:
+    rows = list(range(len(lengths)))
+    for reduction in ("token_mean", "sequence_mean", "sequence_sum"):
+        check_micro_batches(SFT(reduction=reduction), random_case(lengths, seed=seed), [rows[:cut], rows[cut:]])
+
+
+@pytest.mark.parametrize("algorithm", [SFT(), SFT(reduction="sequence_mean"), SeqKD()])
+def test_nothing_to_learn_gives_zero(algorithm: SFT | SeqKD) -> None:
+    check_nothing_to_learn(algorithm)
+
+
+def test_sft_reads_the_data_set_and_needs_no_teacher() -> None:
+    assert SFT().mixture(START).dataset == 1
+    assert SFT().needs is Needs.NOTHING
+    assert (SFT().rollouts_per_phase, SFT().inner_epochs, SFT().text_weight) == (None, 1, 0.0)
+
+
+def test_seq_kd_learns_what_the_teacher_writes() -> None:
+    """The same loss as SFT; log p - log q of the chosen tokens is 1, 0, -1, -3, 3 bits."""
+    case = hand_case()
+    mixture = SeqKD().mixture(START)
+    loss, metrics = evaluate(SeqKD(), case)
+    assert (mixture.student, mixture.teacher_share) == (1, 1)
+    assert loss.item() == evaluate(SFT(), case)[0].item()
+    assert metrics["sampled_forward_kl"].item() == pytest.approx(0, abs=1e-12)
+
+
+def test_every_algorithm_survives_json_and_misspelt_fields_do_not() -> None:
+    adapter: TypeAdapter[AnyAlgorithm] = TypeAdapter(AnyAlgorithm)
+    for kind in ("sft", "seq_kd", "kd", "imit_kd", "gkd", "minillm"):
+        value = adapter.validate_python({"kind": kind})
+        assert adapter.validate_json(adapter.dump_json(value)) == value
+        assert value.kind == kind
+    with pytest.raises(ValidationError, match="reductoin"):
+        adapter.validate_python({"kind": "sft", "reductoin": "token_mean"})
+    with pytest.raises(ValidationError, match="frozen"):
+        SFT().reduction = "sequence_mean"  # type: ignore[misc]
