@@ -1,0 +1,187 @@
+"""Rows of the replay buffer -> what one forward pass of the learner reads: dealt to ranks, cut into micro-batches, right-padded.
+
+Shape legend: B sequences, S input positions, T response tokens, N predicted response tokens of the B sequences end to end,
+V vocabulary, H hidden width of the teacher.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raykd.algorithms.base import Algorithm, Needs
+from raykd.logprobs import mixture_logprobs
+from raykd.projection import Head
+from raykd.records import Batch, Row, Scores, Source, Totals
+
+Fetch = Callable[[Any], Scores]
+"""A reference to a block of scores -> the block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerm:
+    """One summand of a step's loss: an algorithm on this rank's rows. Every rank names the same algorithms in the same order."""
+
+    algorithm: Algorithm
+    rows: list[Row]
+    totals: Totals
+    """Denominators over all ranks."""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Some rows, right-padded. Entry n of the [N] tensors is a predicted response token; padding never enters them."""
+
+    input_ids: Tensor
+    """[B, S] int64. No attention mask: under causal attention nothing real ever looks at padding on its right."""
+    sequences: Tensor
+    """[N] int64: which row of ``input_ids`` the token belongs to."""
+    positions: Tensor
+    """[N] int64: the input position that predicts it."""
+    slots: Tensor
+    """[N] int64: its index within the response."""
+    tokens: Tensor
+    """[N] int64."""
+    teacher_hidden: Tensor | None
+    """[N, H]."""
+    teacher_logits: Tensor | None
+    """[N, V]."""
+    log_normaliser: Tensor
+    """[N] of the teacher; empty where its distribution is not needed."""
+    logprobs: Tensor
+    """[N] of the teacher; empty likewise."""
+    batch: Batch
+    """[B, T], what the algorithm's loss sees."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same micro-batch on another device."""
+        return _moved(self, device)
+
+
+def deal(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
+    """Rows of each rank, longest first: equal in number up to one, and about equal in tokens; the same for the same rows."""
+    dealt: list[list[Row]] = [[] for _ in range(ranks)]
+    tokens = [0] * ranks
+    ordered = sorted(rows, key=length, reverse=True)
+    for start in range(0, len(ordered), ranks):
+        lightest_first = sorted(range(ranks), key=lambda rank: tokens[rank])
+        for rank, row in zip(lightest_first, ordered[start : start + ranks], strict=False):
+            dealt[rank].append(row)
+            tokens[rank] += length(row)
+    return dealt
+
+
+def length(row: Row) -> int:
+    """Tokens of prompt and response."""
+    return len(row.rollout.prompt_tokens) + len(row.rollout.tokens)
+
+
+def micro_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
+    """At most ``size`` rows each, of similar length, so that little is padding."""
+    ordered = sorted(rows, key=length, reverse=True)
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def collate(
+    rows: Sequence[Row], algorithm: Algorithm, totals: Totals, *, fetch: Fetch, teacher_head: Head | None, vocab_size: int, pad_token_id: int
+) -> MicroBatch:
+    """Pad rows into one micro-batch. No rows give one row of padding and N = 0: ranks without work still join the collectives."""
+    inputs = [(row.rollout.prompt_tokens + row.rollout.tokens)[:-1] for row in rows] or [()]
+    responses = [row.rollout.tokens for row in rows] or [()]
+    # A text without a prompt is predicted from its second token on: nothing predicts the first.
+    firsts = [0 if row.rollout.prompt_tokens else 1 for row in rows] or [0]
+    predicted = [range(first, len(response)) for first, response in zip(firsts, responses, strict=True)]
+    scores = [_scores(row, algorithm.needs, fetch) for row in rows] or [None]
+
+    sequences = [b for b, slots in enumerate(predicted) for _ in slots]
+    slots = [slot for slots in predicted for slot in slots]
+    tokens = [responses[b][slot] for b, slot in zip(sequences, slots, strict=True)]
+    positions = [slot + len(inputs[b]) - len(responses[b]) for b, slot in zip(sequences, slots, strict=True)]
+    teacher = _teacher_rows(scores, firsts, teacher_head, vocab_size) if algorithm.needs is Needs.DISTRIBUTION else _NO_TEACHER
+    return MicroBatch(
+        input_ids=_padded(inputs, pad_token_id, torch.int64),
+        sequences=torch.tensor(sequences, dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int64),
+        slots=torch.tensor(slots, dtype=torch.int64),
+        tokens=torch.tensor(tokens, dtype=torch.int64),
+        **teacher,
+        batch=_batch(rows, responses, firsts, scores, totals),
+    )
+
+
+def _batch(
+    rows: Sequence[Row], responses: Sequence[Sequence[int]], firsts: Sequence[int], scores: Sequence[Scores | None], totals: Totals
+) -> Batch:
+    tokens = _padded(responses, 0, torch.int64)
+    slots = torch.arange(tokens.shape[1])
+    mask = (slots >= torch.tensor(firsts)[:, None]) & (slots < torch.tensor([len(response) for response in responses])[:, None])
+    student = _padded([row.rollout.student_logprobs or () for row in rows] or [()], 0.0, torch.float32, tokens.shape[1])
+    teacher = _padded([() if score is None else score.logprobs.tolist() for score in scores], 0.0, torch.float32, tokens.shape[1])
+    shares = torch.tensor([row.rollout.teacher_share for row in rows] or [0.0])[:, None]
+    # Without teacher scores, which is where the algorithm needs none, the law of a teacher-mixed response is not known.
+    known = [row.rollout.source is not Source.DATASET and not (score is None and row.rollout.teacher_share) for row, score in zip(rows, scores, strict=False)]
+    behaviour = torch.where(shares > 0, mixture_logprobs(student, teacher, shares), student)
+    return Batch(
+        tokens=torch.where(mask, tokens, 0),
+        mask=mask,
+        totals=totals,
+        student_logprobs=torch.where(mask, student, 0.0),
+        teacher_logprobs=torch.where(mask, teacher, 0.0),
+        behaviour_logprobs=torch.where(mask & torch.tensor(known or [False])[:, None], behaviour, 0.0),
+    )
+
+
+def _scores(row: Row, needs: Needs, fetch: Fetch) -> Scores | None:
+    """The scores of one row, or None where the algorithm asks for none."""
+    if needs is Needs.NOTHING:
+        return None
+    name = f"rollout {row.rollout.prompt_id}/{row.rollout.sample}"
+    if row.scores is None:
+        raise ValueError(f"{name} has no teacher scores, but the algorithm needs them; score it before the step")
+    scores = fetch(row.scores).row(row.index)
+    if len(scores.logprobs) != len(row.rollout.tokens):
+        raise ValueError(f"{name} has {len(row.rollout.tokens)} tokens but scores for {len(scores.logprobs)}; its scores are another row's")
+    if needs is Needs.DISTRIBUTION and scores.hidden is None and scores.logits is None:
+        raise ValueError(f"{name}: the algorithm needs the teacher's distribution, but its scores hold only sampled log-probs")
+    return scores
+
+
+_NO_TEACHER = {"teacher_hidden": None, "teacher_logits": None, "log_normaliser": torch.zeros(0), "logprobs": torch.zeros(0)}
+
+
+def _teacher_rows(scores: Sequence[Scores | None], firsts: Sequence[int], head: Head | None, vocab_size: int) -> dict[str, Tensor | None]:
+    """The teacher's states [N, H] or logits [N, V] of the predicted tokens, and its probe [N]."""
+    blocks = [(score, first) for score, first in zip(scores, firsts, strict=True) if score is not None]
+    hidden = [score.hidden[first:] for score, first in blocks if score.hidden is not None]
+    logits = [score.logits[first:] for score, first in blocks if score.logits is not None]
+    if hidden and logits:
+        raise ValueError("one micro-batch holds hidden states of the teacher for some rows and logits for others; send one of them")
+    if hidden and head is None:
+        raise ValueError("the scores hold the teacher's hidden states, but the learner has no teacher head; pass teacher_head")
+    if not hidden and not logits and head is not None:
+        hidden = [torch.zeros(0, head.weight.shape[1], dtype=head.weight.dtype)]
+    return {
+        "teacher_hidden": torch.cat(hidden) if hidden else None,
+        "teacher_logits": None if hidden else torch.cat(logits or [torch.zeros(0, vocab_size)]),
+        "log_normaliser": torch.cat([score.log_normaliser[first:] for score, first in blocks] or [torch.zeros(0)]),
+        "logprobs": torch.cat([score.logprobs[first:] for score, first in blocks] or [torch.zeros(0)]),
+    }
+
+
+def _padded(rows: Sequence[Sequence[float]], value: float, dtype: torch.dtype, width: int = 1) -> Tensor:
+    """[B, max(width, longest)]; at least one column, since an empty axis has no maximum."""
+    width = max(width, *(len(row) for row in rows))
+    padded = torch.full((len(rows), width), value, dtype=dtype)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = torch.tensor(row, dtype=dtype)
+    return padded
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A dataclass of tensors on another device."""
+    tensors = {field.name: getattr(value, field.name) for field in fields(value) if isinstance(getattr(value, field.name), Tensor)}
+    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    return replace(value, **moved, **({"batch": _moved(value.batch, device)} if isinstance(value, MicroBatch) else {}))

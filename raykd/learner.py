@@ -1,0 +1,298 @@
+"""One DeepSpeed rank: rows of the replay buffer in, weights out. A plain class; nothing here knows who calls it.
+
+    learner = Learner(folder, config=config, rank=rank, address=address, vocab_size=V, pad_id=0, teacher_head=head, fetch=ray.get)
+    learner.begin(optimiser)                                # a stage: AdamW starts afresh
+    metrics = learner.step(terms, learning_rate)            # terms: list of LossTerm, this rank's rows
+    update = learner.publish(version, put=ray.put)          # a WeightUpdate on rank 0, None elsewhere
+    learner.save(folder); learner.restore(folder); learner.save_student(folder); learner.close()
+
+Every verb is collective: all ranks call it, in the same order. Importing this module does not import DeepSpeed.
+"""
+
+import atexit
+import json
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from raykd.collate import Fetch, LossTerm, MicroBatch, collate, micro_batches
+from raykd.experiment import LearnerConfig, Optimiser
+from raykd.projection import Head
+from raykd.records import Row
+from raykd.student import Student
+from raykd.weights import Bucket, WeightUpdate, pack
+
+BUCKET_BYTES = 256 << 20
+"""Parameters gathered at a time when weights leave a sharded learner."""
+LATEST = "latest"
+"""The file naming the newest complete checkpoint of a folder."""
+
+
+class Learner:
+    """Steps on the sum of its loss terms. The gradient is that of the sum over all ranks and micro-batches, exactly: denominators
+    are global, so DeepSpeed's averaging is undone. A step whose loss or gradient norm is not finite changes nothing and counts as skipped.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        config: LearnerConfig,
+        rank: int,
+        address: tuple[str, int],
+        vocab_size: int,
+        pad_id: int,
+        teacher_head: Head | None = None,
+        fetch: Fetch = lambda block: block,
+    ) -> None:
+        self.config, self.rank = config, rank
+        self._vocab_size, self._pad_id, self._teacher_head, self._fetch = vocab_size, pad_id, teacher_head, fetch
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = connect(rank, config.ranks, address, config.deadline_s)
+        self._student = Student(
+            model,
+            dtype=getattr(torch, config.dtype),
+            vocab_size=vocab_size,
+            chunk=config.chunk,
+            teacher_head=None if teacher_head is None else _on(teacher_head, self.device),
+            activation_checkpointing=config.activation_checkpointing,
+        )
+        import deepspeed
+
+        if self.device.type == "cpu":  # its shared-memory collectives need a compiler, and hang between ranks on different nodes
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self._gather = deepspeed.zero.GatheredParameters
+        adam = torch.optim.AdamW(self._student.parameters(), fused=self.device.type == "cuda" and not config.offload_optimiser)
+        with redirect_stdout(None):  # its bfloat16 optimiser prints the memory use
+            self._engine, *_ = deepspeed.initialize(model=self._student, optimizer=adam, config=deepspeed_config(config))
+        self._state = self._student.model.state_dict(keep_vars=True)
+        self.begin(Optimiser())
+
+    def begin(self, optimiser: Optimiser) -> None:
+        """Start a stage: AdamW's moments are zero again and its hyper-parameters those given."""
+        adam = self._engine.basic_optimizer
+        for state in adam.state.values():
+            for value in state.values():
+                value.zero_()
+        for group in adam.param_groups:
+            group.update(betas=optimiser.betas, eps=optimiser.eps, weight_decay=optimiser.weight_decay)
+        self._set_clip(optimiser.gradient_clip)
+
+    def step(self, terms: Sequence[LossTerm], learning_rate: float) -> dict[str, float]:
+        """One optimiser step. Returns this rank's shares of every metric: summed over ranks they are the step's values."""
+        for group in self._engine.basic_optimizer.param_groups:
+            group["lr"] = learning_rate
+        schedule = self._schedule(terms)
+        metrics = _Sums()
+        finite = torch.ones((), device=self.device)
+        for index, (term, rows) in enumerate(schedule):
+            last = index == len(schedule) - 1
+            self._engine.set_gradient_accumulation_boundary(last)
+            loss, term_metrics = self._engine(micro=self._collate(rows, term), algorithm=term.algorithm)
+            loss = loss * term.weight
+            finite = finite * torch.isfinite(loss.detach())
+            if last:  # all ranks agree to spoil the gradient, and DeepSpeed drops a step whose gradient norm is not finite
+                dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+                loss = loss * torch.where(finite.bool(), 1.0, torch.nan)
+            metrics.add(_prefix(terms, term), term_metrics, loss.detach())
+            self._engine.backward(loss * self.config.ranks)  # DeepSpeed divides by the ranks
+        norm = self._update()
+        skipped = not math.isfinite(norm)
+        leader = {"grad_norm": 0.0 if skipped else norm, "learning_rate": learning_rate, "skipped": float(skipped)}
+        return metrics.values() | (leader if self.rank == 0 else {})
+
+    @torch.no_grad()
+    def evaluate(self, terms: Sequence[LossTerm]) -> dict[str, float]:
+        """The same metrics without a step."""
+        metrics = _Sums()
+        for term, rows in self._schedule(terms):
+            loss, term_metrics = self._engine(micro=self._collate(rows, term), algorithm=term.algorithm)
+            metrics.add(_prefix(terms, term), term_metrics, loss * term.weight)
+        return metrics.values()
+
+    def publish(self, version: int, put: Callable[[Bucket], Any]) -> WeightUpdate | None:
+        """Hand the weights on, bucket by bucket, under their Hugging Face names; tied weights once. All ranks gather, rank 0 puts."""
+        references, num_bytes = [], 0
+        for named_tensors in self._gathered():
+            if self.rank == 0:
+                for bucket in pack(named_tensors, BUCKET_BYTES):
+                    references.append(put(bucket))
+                    num_bytes += bucket.data.nbytes
+        return WeightUpdate(version=version, buckets=tuple(references), bytes=num_bytes) if self.rank == 0 else None
+
+    def save(self, folder: Path | str, tag: str = "checkpoint") -> None:
+        """Weights and optimiser state of every rank; ``latest`` names the checkpoint only after all of it is written."""
+        folder = Path(folder)
+        self._engine.save_checkpoint(str(folder), tag=tag, client_state={"gradient_clip": self._clip}, save_latest=False)
+        dist.barrier()
+        if self.rank == 0:
+            (folder / tag / "learner.json").write_text(json.dumps(self._layout()))
+            (folder / f"{LATEST}.partial").write_text(tag)
+            os.replace(folder / f"{LATEST}.partial", folder / LATEST)
+        dist.barrier()
+
+    def restore(self, folder: Path | str) -> None:
+        """Continue from the newest complete checkpoint of a folder; the ranks must be as many as wrote it."""
+        folder = Path(folder)
+        if not (folder / LATEST).exists():
+            raise ValueError(f"{folder} holds no complete checkpoint: it has no file named {LATEST}")
+        tag = (folder / LATEST).read_text()
+        written = json.loads((folder / tag / "learner.json").read_text())
+        if written != self._layout():
+            raise ValueError(f"{folder / tag} was written with {written}, the learner runs with {self._layout()}; use the same settings")
+        _, state = self._engine.load_checkpoint(str(folder), tag=tag)
+        self._set_clip(state["gradient_clip"])
+
+    def save_student(self, folder: Path | str) -> None:
+        """Write a plain Hugging Face folder (safetensors, configuration), whatever the ZeRO stage."""
+        weights: dict[int, Tensor] = {}
+        for named_tensors in self._gathered():
+            if self.rank == 0:
+                weights.update({id(self._state[name]): tensor.cpu().clone() for name, tensor in named_tensors})
+        if self.rank == 0:
+            with self._student.saved_config():
+                self._student.model.save_pretrained(
+                    folder, state_dict={name: weights[id(tensor)] for name, tensor in self._state.items()}
+                )
+        dist.barrier()
+
+    def close(self) -> None:
+        """Free the engine. The process group stays until the process ends: DeepSpeed keeps groups of its own on top of it."""
+        self._engine.destroy()
+
+    def _schedule(self, terms: Sequence[LossTerm]) -> list[tuple[LossTerm, list[Row]]]:
+        """The micro-batches of a step, as many on every rank: one with fewer rows runs empty ones."""
+        batches = [micro_batches(term.rows, self.config.micro_batch) for term in terms]
+        counts = torch.tensor([len(of_term) for of_term in batches], device=self.device)
+        dist.all_reduce(counts, op=dist.ReduceOp.MAX)
+        if not counts.any():
+            raise ValueError("a step needs at least one row on one rank; all terms are empty")
+        return [
+            (term, of_term[index] if index < len(of_term) else [])
+            for term, of_term, count in zip(terms, batches, counts.tolist(), strict=True)
+            for index in range(count)
+        ]
+
+    def _collate(self, rows: Sequence[Row], term: LossTerm) -> MicroBatch:
+        return collate(
+            rows,
+            term.algorithm,
+            term.totals,
+            fetch=self._fetch,
+            teacher_head=self._teacher_head,
+            vocab_size=self._vocab_size,
+            pad_token_id=self._pad_id,
+        ).to(self.device)
+
+    def _update(self) -> float:
+        """Clip and step, and return the gradient norm; without a finite one, drop the gradient and change nothing."""
+        if self._sharded:
+            self._engine.step()
+            return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self._student.parameters(), self._clip))
+        if math.isfinite(norm):
+            self._engine.step()
+        else:
+            self._engine.zero_grad()
+        return norm
+
+    @property
+    def _sharded(self) -> bool:
+        return zero_stage(self.config) > 0
+
+    def _set_clip(self, norm: float) -> None:
+        self._clip = norm
+        if self._sharded:
+            self._engine.optimizer.clip_grad = norm
+
+    def _layout(self) -> dict[str, Any]:
+        """What a checkpoint depends on."""
+        return {"ranks": self.config.ranks, "zero_stage": zero_stage(self.config), "dtype": self.config.dtype}
+
+    def _gathered(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Parameters and buffers in groups of about ``BUCKET_BYTES``, whole while a group is held; tied ones once."""
+        names = {id(tensor): name for name, tensor in reversed(self._state.items())}
+        group: list[str] = []
+        size = 0
+        for name in [*reversed(names.values()), None]:
+            num_bytes = 0 if name is None else getattr(self._state[name], "ds_numel", self._state[name].numel()) * self._state[name].itemsize
+            if group and (name is None or size + num_bytes > BUCKET_BYTES):
+                tensors = [self._state[member] for member in group]
+                with self._gather([tensor for tensor in tensors if hasattr(tensor, "ds_id")]):
+                    yield [(member, self._state[member].detach()) for member in group]
+                group, size = [], 0
+            group, size = [*group, name] if name else group, size + num_bytes
+
+
+class _Sums:
+    """Metrics added up on the device, read once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, prefix: str, metrics: dict[str, Tensor], loss: Tensor) -> None:
+        for name, value in {**{prefix + name: value for name, value in metrics.items()}, "loss": loss}.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+
+    def values(self) -> dict[str, float]:
+        return dict(zip(self._sums, torch.stack(list(self._sums.values())).tolist(), strict=True))
+
+
+def _prefix(terms: Sequence[LossTerm], term: LossTerm) -> str:
+    """The first term's metrics keep their names; those of others carry the algorithm's."""
+    return "" if term is terms[0] else f"{type(term.algorithm).__name__.lower()}/"
+
+
+def zero_stage(config: LearnerConfig) -> int:
+    """The stage DeepSpeed runs. Stage 0 has no float32 master weights and no offloading, so bfloat16 and offloading run as stage 1."""
+    return max(config.zero_stage, 1) if config.dtype == "bfloat16" or config.offload_optimiser else config.zero_stage
+
+
+def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
+    """DeepSpeed's own configuration. Accumulation, learning rate and, without ZeRO, clipping are the learner's."""
+    stage = zero_stage(config)
+    offload = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimiser else {}
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0 if stage else 0.0,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000, **offload},
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def connect(rank: int, ranks: int, address: tuple[str, int], deadline_s: float) -> torch.device:
+    """Join the process group, once in a process; returns this rank's device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, once per collective
+    cuda = torch.cuda.is_available()
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    local_rank = rank % torch.cuda.device_count() if cuda else 0
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        store = f"tcp://{address[0]}:{address[1]}"
+        timeout = timedelta(seconds=deadline_s)
+        dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
+        atexit.register(dist.destroy_process_group)
+    return device
+
+
+def _on(head: Head, device: torch.device) -> Head:
+    return replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))

@@ -1,0 +1,164 @@
+"""The student as the learner trains it: one module whose forward goes from token ids to the loss, never holding ``[N, V]``.
+
+    input ids [B, S] -> body -> hidden [B, S, H] -> rows that predict response tokens [N, H]
+                     -> head and teacher, a chunk at a time -> {name: [N]} -> {name: [B, T]} -> loss
+
+Everything differentiable happens inside this forward, so that ZeRO-3 gathers the weights, the head's too, where they are used.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from raykd.algorithms.base import Algorithm
+from raykd.collate import MicroBatch
+from raykd.logprobs import promote
+from raykd.projection import Head, Probe, per_token
+
+HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+"""Largest accepted difference of the rebuilt logits, relative to the largest logit."""
+
+
+class _Float32Product(torch.autograd.Function):
+    """hidden @ weight.T of bfloat16 factors, float32 out. ``torch.mm`` with ``out_dtype`` has no derivative of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        hidden, weight = ctx.saved_tensors
+        grad = grad.to(weight.dtype)
+        return grad @ weight, grad.T @ hidden
+
+
+class StudentHead(nn.Module):
+    """The output head, reduced over the vocabulary.
+
+    It owns the weight of the language-model head a second time: ZeRO-3 then gathers it once for all chunks, and ranks with
+    different numbers of chunks still make the same collective calls.
+    """
+
+    def __init__(self, output: nn.Linear, scale: float, softcap: float | None) -> None:
+        super().__init__()
+        self.weight, self.bias = output.weight, output.bias
+        self.scale, self.softcap = scale, softcap
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """``[n, H] -> [n, V]`` float32; a bfloat16 product is accumulated and kept in float32, as the teacher's is."""
+        half_on_gpu = hidden.is_cuda and self.weight.dtype is torch.bfloat16
+        logits = _Float32Product.apply(hidden, self.weight) if half_on_gpu else promote(hidden) @ promote(self.weight).T
+        logits = (logits if self.bias is None else logits + self.bias.to(logits.dtype)) * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def forward(
+        self, hidden: Tensor, *, micro: MicroBatch, algorithm: Algorithm, teacher_head: Head | None, vocab_size: int, chunk: int
+    ) -> dict[str, Tensor]:
+        """[N, H] -> {name: [N]}; raises ValueError when the teacher's own log-probs cannot be rebuilt from its scores."""
+        needs_teacher = micro.teacher_hidden is not None or micro.teacher_logits is not None
+        return per_token(
+            hidden,
+            self.logits,
+            micro.tokens,
+            algorithm.per_token,
+            vocab_size=vocab_size,
+            chunk=chunk,
+            teacher_hidden=micro.teacher_hidden,
+            teacher_head=None if micro.teacher_hidden is None else teacher_head,
+            teacher_logits=micro.teacher_logits,
+            probe=Probe(micro.log_normaliser, micro.logprobs) if needs_teacher else None,
+        )
+
+
+class Student(nn.Module):
+    """A Hugging Face causal language model and the loss on top of it.
+
+    Dropout is off: the divergence is between the two models' distributions, and the sampled log-probs come from an engine without
+    dropout. The saved configuration keeps the original rates.
+    """
+
+    def __init__(
+        self, folder: str, *, dtype: torch.dtype, vocab_size: int, chunk: int, teacher_head: Head | None, activation_checkpointing: bool
+    ) -> None:
+        super().__init__()
+        config = AutoConfig.from_pretrained(folder)
+        if config.is_encoder_decoder:
+            raise ValueError(f"{folder}: {config.model_type} is an encoder-decoder model; the learner trains causal language models")
+        self._rates = dropout_rates(config)
+        for name in self._rates:
+            setattr(config, name, 0.0)
+        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+        self.output = StudentHead(_linear_head(self.model, folder, vocab_size), *logit_scale_and_softcap(config))
+        self._teacher_head, self._vocab_size, self._chunk = teacher_head, vocab_size, chunk
+        self._verify_head(folder)
+        if activation_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.train()
+
+    def forward(self, micro: MicroBatch, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of the loss and of every metric."""
+        hidden_BSH = self.model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
+        per_token_N = self.output(
+            hidden_BSH[micro.sequences, micro.positions],
+            micro=micro,
+            algorithm=algorithm,
+            teacher_head=self._teacher_head,
+            vocab_size=self._vocab_size,
+            chunk=self._chunk,
+        )
+        slots = (micro.sequences, micro.slots)
+        per_token_BT = {
+            name: torch.zeros(micro.batch.mask.shape, dtype=values.dtype, device=values.device).index_put(slots, values)
+            for name, values in per_token_N.items()
+        }
+        loss, metrics = algorithm.loss(per_token_BT, micro.batch)
+        return loss, {name: value.detach() for name, value in metrics.items()}
+
+    @contextmanager
+    def saved_config(self) -> Iterator[None]:
+        """The configuration with the dropout rates of the original model."""
+        for name, rate in self._rates.items():
+            setattr(self.model.config, name, rate)
+        yield
+        for name in self._rates:
+            setattr(self.model.config, name, 0.0)
+
+    @torch.no_grad()
+    def _verify_head(self, folder: str) -> None:
+        """Refuse an architecture whose logits are more than body, linear head, scale and soft-cap."""
+        ids = torch.arange(4)[None] % self.output.weight.shape[0]
+        expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        rebuilt = self.output.logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+        error = float((rebuilt - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+        if not error <= HEAD_TOLERANCE[self.output.weight.dtype]:
+            raise ValueError(
+                f"{folder}: the logits of {self.model.config.model_type} are not its linear head times the last hidden state, with "
+                f"logit_scale, logits_scaling and final_logit_softcapping applied (relative error {error:.2g}); "
+                "teach raykd.student.logit_scale_and_softcap what this architecture does"
+            )
+
+
+def dropout_rates(config: PreTrainedConfig) -> dict[str, Any]:
+    """Every non-zero dropout rate of a configuration: ``attention_dropout``, ``resid_pdrop``, ``layerdrop``, ..."""
+    return {name: rate for name, rate in vars(config).items() if "drop" in name and isinstance(rate, float) and rate > 0}
+
+
+def logit_scale_and_softcap(config: PreTrainedConfig) -> tuple[float, float | None]:
+    """What an architecture does to the product of head and hidden state: Cohere and Granite scale it, Gemma 2 caps it."""
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+def _linear_head(model: PreTrainedModel, folder: str, vocab_size: int) -> nn.Linear:
+    output = model.get_output_embeddings()
+    if not isinstance(output, nn.Linear):
+        raise ValueError(f"{folder}: the head of {model.config.model_type} is {type(output).__name__}, not a linear layer")
+    if output.weight.shape[0] < vocab_size:
+        raise ValueError(f"{folder}: the model has {output.weight.shape[0]} tokens but the tokenizer {vocab_size}; they do not belong together")
+    return output

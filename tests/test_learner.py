@@ -1,0 +1,359 @@
+"""The learner on real DeepSpeed: every world size and ZeRO stage follows a plain PyTorch loop with dense logits."""
+
+import math
+import multiprocessing
+import pickle
+import socket
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from raykd.algorithms import KD, SFT, MiniLLM
+from raykd.algorithms.base import Algorithm, Needs
+from raykd.collate import LossTerm, deal
+from raykd.experiment import LearnerConfig, Optimiser
+from raykd.logprobs import mixture_logprobs
+from raykd.projection import Head
+from raykd.records import Batch, Rollout, Row, Scores, Source, Totals
+from raykd.weights import unpack
+
+VOCAB, PADDED_VOCAB, TEACHER_WIDTH = 61, 64, 48
+OPTIMISER = Optimiser(learning_rate=3e-3, eps=1e-6, weight_decay=0.1, gradient_clip=0.5)
+LEARNING_RATES = (1e-3, 3e-3, 3e-3, 2e-3)
+ALGORITHMS: tuple[Algorithm, ...] = (SFT(), KD(), MiniLLM())
+STAGES = (0, 1, 2, 3)
+
+
+def student_config(tied: bool) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=PADDED_VOCAB,
+        tie_word_embeddings=tied,
+        attention_dropout=0.3,
+    )
+
+
+def teacher_head(generator: torch.Generator) -> Head:
+    return Head(weight=torch.randn(PADDED_VOCAB, TEACHER_WIDTH, generator=generator) / 4).cut(VOCAB)
+
+
+def scores_of(rollouts: list[Rollout], head: Head, generator: torch.Generator) -> Scores:
+    tokens = torch.tensor([token for rollout in rollouts for token in rollout.tokens])
+    hidden = torch.randn(len(tokens), TEACHER_WIDTH, generator=generator)
+    logits = head(hidden)
+    offsets = torch.tensor([0, *(len(rollout.tokens) for rollout in rollouts)]).cumsum(0).tolist()
+    normaliser = logits.logsumexp(-1)
+    chosen = logits[torch.arange(len(tokens)), tokens] - normaliser
+    return Scores(offsets=tuple(offsets), log_normaliser=normaliser, logprobs=chosen, hidden=hidden)
+
+
+def make_rows(lengths: list[tuple[int, int]], head: Head, seed: int) -> list[Row]:
+    """Teacher-mixed rollouts of (prompt, response) lengths, scored in one block."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = lambda count: tuple(torch.randint(VOCAB, (count,), generator=generator).tolist())  # noqa: E731
+    rollouts = [
+        Rollout(
+            prompt_id=f"made:{index}",
+            sample=0,
+            prompt_tokens=ids(prompt),
+            tokens=ids(response),
+            source=Source.MIXED,
+            teacher_share=0.2,
+            student_logprobs=tuple((-4 * torch.rand(response, generator=generator)).tolist()),
+        )
+        for index, (prompt, response) in enumerate(lengths)
+    ]
+    scores = scores_of(rollouts, head, generator)
+    return [Row(rollout=rollout, scores=scores, index=index) for index, rollout in enumerate(rollouts)]
+
+
+def all_rows() -> tuple[Head, dict[str, list[Row]]]:
+    """Five rows do not divide by two ranks, one response is empty; one text has no prompt; one step has a single row."""
+    head = teacher_head(torch.Generator().manual_seed(0))
+    return head, {
+        "rows": make_rows([(3, 7), (5, 2), (1, 9), (4, 0), (2, 4)], head, seed=1),
+        "text": make_rows([(0, 8), (0, 3)], head, seed=2),
+        "single": make_rows([(3, 6)], head, seed=3),
+    }
+
+
+def terms_of(algorithm: Algorithm, rows: dict[str, list[Row]], step: int, rank: int, ranks: int) -> list[LossTerm]:
+    """The terms of one step for one rank: beside the algorithm, plain text at weight 0.3; the last step has a single row."""
+    main = rows["single"] if step == 3 else rows["rows"]
+    return [
+        LossTerm(algorithm=algorithm, rows=deal(main, ranks)[rank], totals=Totals.of(main)),
+        LossTerm(algorithm=SFT(), rows=deal(rows["text"], ranks)[rank], totals=Totals.of(rows["text"]), weight=0.3),
+    ]
+
+
+# --- the oracle: one row at a time, dense logits, plain AdamW -----------------------------------------------------------------
+
+
+def oracle_loss(model: torch.nn.Module, row: Row, algorithm: Algorithm, totals: Totals, head: Head) -> Tensor:
+    prompt, response = row.rollout.prompt_tokens, row.rollout.tokens
+    first = 0 if prompt else 1
+    if len(response) <= first:
+        return torch.zeros(())
+    logits = model(torch.tensor([prompt + response])).logits[0, :, :VOCAB]
+    student = logits[len(prompt) - 1 + first : -1].log_softmax(-1)
+    scores, tokens = row.scores.row(row.index), torch.tensor(response)
+    teacher = head(scores.hidden[first:]).log_softmax(-1) if algorithm.needs is Needs.DISTRIBUTION else None
+    shifted = {name: torch.cat([torch.zeros(first), x])[None] for name, x in algorithm.per_token(student, teacher, tokens[first:]).items()}
+    mask = torch.arange(len(response))[None] >= first
+    old = torch.tensor(row.rollout.student_logprobs)[None] * mask
+    own = scores.logprobs[None] * mask
+    behaviour = mixture_logprobs(old, own, row.rollout.teacher_share) * mask
+    batch = Batch(
+        tokens=tokens[None] * mask, mask=mask, totals=totals, student_logprobs=old, teacher_logprobs=own, behaviour_logprobs=behaviour
+    )
+    return algorithm.loss(shifted, batch)[0]
+
+
+@cache
+def oracle(folder: Path, tied: bool) -> tuple[list[float], dict[str, Tensor]]:
+    """The losses of four steps of each algorithm in turn, and the final weights."""
+    from transformers import AutoModelForCausalLM
+
+    head, rows = all_rows()
+    model = AutoModelForCausalLM.from_pretrained(folder / f"student-{tied}").eval()
+    losses = []
+    for algorithm in ALGORITHMS:
+        adam = torch.optim.AdamW(model.parameters(), betas=OPTIMISER.betas, eps=OPTIMISER.eps, weight_decay=OPTIMISER.weight_decay)
+        for step, learning_rate in enumerate(LEARNING_RATES):
+            adam.param_groups[0]["lr"] = learning_rate
+            terms = terms_of(algorithm, rows, step, rank=0, ranks=1)
+            loss = sum(t.weight * oracle_loss(model, row, t.algorithm, t.totals, head) for t in terms for row in t.rows)
+            adam.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMISER.gradient_clip)
+            adam.step()
+            losses.append(float(loss.detach()))
+    return losses, {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+# --- one rank, in a process of its own ----------------------------------------------------------------------------------------
+
+
+def run_rank(rank: int, ranks: int, port: int, folder: Path, results: Any) -> None:
+    """Every case of one rank, one after the other: importing DeepSpeed is most of a test's time."""
+    torch.set_num_threads(1)
+    found: dict[Any, Any] = {}
+    try:
+        for stage in STAGES:
+            for tied in (False, True):
+                found[stage, tied] = train_case(rank, ranks, stage, tied, port, folder)
+        if ranks == 1:
+            found["bfloat16"] = {stage: bfloat16_case(stage, port, folder) for stage in STAGES}
+            found["wrong head"] = wrong_head_case(port, folder)
+        results.put((rank, pickle.dumps(found)))
+    except BaseException as error:
+        import traceback
+
+        results.put((rank, f"{error}\n{traceback.format_exc()}"))
+
+
+def make_learner(rank: int, port: int, folder: Path, config: LearnerConfig, tied: bool, head: Head) -> Any:
+    from raykd.learner import Learner
+
+    student = str(folder / f"student-{tied}")
+    return Learner(student, config=config, rank=rank, address=("127.0.0.1", port), vocab_size=VOCAB, pad_id=0, teacher_head=head)
+
+
+def train_case(rank: int, ranks: int, stage: int, tied: bool, port: int, folder: Path) -> dict[str, Any]:
+    head, rows = all_rows()
+    config = LearnerConfig(ranks=ranks, zero_stage=stage, dtype="float32", micro_batch=2, chunk=3, activation_checkpointing=tied)
+    learner = make_learner(rank, port, folder, config, tied, head)
+    found: dict[str, Any] = {"metrics": []}
+    for algorithm in ALGORITHMS:
+        learner.begin(OPTIMISER)
+        for step, learning_rate in enumerate(LEARNING_RATES):
+            terms = terms_of(algorithm, rows, step, rank, ranks)
+            found["metrics"].append({**learner.step(terms, learning_rate), "evaluated": learner.evaluate(terms)["loss"]})
+    out = folder / f"{ranks}-{stage}-{tied}"
+    found["published"] = published(learner)
+    learner.save_student(out / "student")
+    found["skipped"], found["before"], found["after"] = nan_case(learner, rows, rank, ranks)
+
+    learner.save(out / "checkpoints")
+    again = lambda: [learner.step(terms_of(MiniLLM(), rows, step, rank, ranks), 1e-3)["loss"] for step in range(3)]  # noqa: E731
+    found["first"] = again()
+    learner.restore(out / "checkpoints")
+    found["second"] = again()
+    learner.close()
+    if tied:
+        learner = make_learner(rank, port, folder, config, tied, head)
+        learner.restore(out / "checkpoints")
+        found["fresh"] = again()
+        learner.close()
+    return found
+
+
+def published(learner: Any) -> dict[str, Tensor]:
+    update = learner.publish(version=1, put=lambda bucket: bucket)
+    return {} if update is None else {name: tensor.clone() for bucket in update.buckets for name, tensor in unpack(bucket)}
+
+
+def nan_case(learner: Any, rows: dict[str, list[Row]], rank: int, ranks: int) -> tuple[float | None, Any, Any]:
+    """One row of one rank is not a number."""
+    from dataclasses import replace
+
+    row = rows["rows"][0]
+    spoiled = replace(row, rollout=replace(row.rollout, student_logprobs=(math.nan,) * len(row.rollout.tokens)))
+    terms = terms_of(MiniLLM(), {**rows, "rows": [spoiled, *rows["rows"][1:]]}, 0, rank, ranks)
+    before = published(learner)
+    return learner.step(terms, 1e-2).get("skipped"), before, published(learner)
+
+
+def bfloat16_case(stage: int, port: int, folder: Path) -> dict[str, Any]:
+    head, rows = all_rows()
+    learner = make_learner(0, port, folder, LearnerConfig(zero_stage=stage, dtype="bfloat16", micro_batch=2), False, head)
+    learner.begin(OPTIMISER)
+    losses = [learner.step(terms_of(KD(), rows, step % 3, 0, 1), 1e-3)["loss"] for step in range(8)]
+    skipped, before, after = nan_case(learner, rows, 0, 1)
+    learner.close()
+    return {"losses": losses, "skipped": skipped, "before": before, "after": after}
+
+
+def wrong_head_case(port: int, folder: Path) -> str:
+    head, rows = all_rows()
+    learner = make_learner(0, port, folder, LearnerConfig(dtype="float32"), False, Head(weight=head.weight * 1.1))
+    try:
+        learner.step(terms_of(KD(), rows, 0, 0, 1), 1e-3)
+    except ValueError as error:
+        return str(error)
+    finally:
+        learner.close()
+    return ""
+
+
+# --- the tests ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Untrained students, tied and untied, that every learner starts from."""
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("learner")
+    for tied in (False, True):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(student_config(tied)).save_pretrained(folder / f"student-{tied}")
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def runs(request: pytest.FixtureRequest, folder: Path) -> dict[int, Any]:
+    """What every rank found, by rank."""
+    context = multiprocessing.get_context("spawn")
+    results, port = context.Queue(), free_port()
+    processes = [
+        context.Process(target=run_rank, args=(rank, request.param, port, folder, results), daemon=True) for rank in range(request.param)
+    ]
+    for process in processes:
+        process.start()
+    found = {}
+    for _ in processes:
+        rank, result = results.get(timeout=240)
+        if isinstance(result, str):
+            for process in processes:
+                process.kill()
+            pytest.fail(f"rank {rank}: {result}")
+        found[rank] = pickle.loads(result)
+    for process in processes:
+        process.join(timeout=60)
+    return found
+
+
+cases = [pytest.mark.stack, pytest.mark.parametrize("stage", STAGES), pytest.mark.parametrize("tied", [False, True])]
+
+
+def each_case(test: Callable[..., None]) -> Callable[..., None]:
+    """The test for every ZeRO stage, with tied and untied embeddings."""
+    for mark in cases:
+        test = mark(test)
+    return test
+
+
+@each_case
+def test_losses_are_those_of_a_plain_loop(runs: dict[int, Any], folder: Path, stage: int, tied: bool) -> None:
+    expected, _ = oracle(folder, tied)
+    metrics = [found[stage, tied]["metrics"] for found in runs.values()]
+    summed = [sum(rank["loss"] for rank in step) for step in zip(*metrics, strict=True)]
+    assert summed == pytest.approx(expected, abs=1e-5)
+    assert all(math.isfinite(step["grad_norm"]) and step["skipped"] == 0 for step in runs[0][stage, tied]["metrics"])
+
+
+@each_case
+def test_evaluation_after_a_step_sees_the_next_steps_loss(runs: dict[int, Any], stage: int, tied: bool) -> None:
+    metrics = [found[stage, tied]["metrics"] for found in runs.values()]
+    evaluated = [sum(rank["evaluated"] for rank in step) for step in zip(*metrics, strict=True)]
+    summed = [sum(rank["loss"] for rank in step) for step in zip(*metrics, strict=True)]
+    assert evaluated[0:2] == pytest.approx(summed[1:3], abs=1e-6)  # steps 0, 1 and 2 have the same rows
+
+
+@each_case
+def test_published_and_saved_weights_are_those_of_a_plain_loop(runs: dict[int, Any], folder: Path, stage: int, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    _, expected = oracle(folder, tied)
+    weights = runs[0][stage, tied]["published"]
+    saved = AutoModelForCausalLM.from_pretrained(folder / f"{len(runs)}-{stage}-{tied}" / "student")
+    assert set(weights) == {name for name, _ in saved.named_parameters()}  # named_parameters names tied weights once
+    for name, tensor in saved.named_parameters():
+        assert torch.equal(weights[name], tensor), name
+    ids = torch.arange(12)[None]
+    plain = AutoModelForCausalLM.from_pretrained(folder / f"student-{tied}")
+    plain.load_state_dict(expected)
+    assert torch.allclose(saved.eval()(ids).logits, plain.eval()(ids).logits, atol=1e-4)
+    assert saved.config.attention_dropout == 0.3
+
+
+@each_case
+def test_restoring_continues_with_identical_losses(runs: dict[int, Any], stage: int, tied: bool) -> None:
+    for found in runs.values():
+        assert found[stage, tied]["second"] == found[stage, tied]["first"]
+        assert found[stage, tied].get("fresh", found[stage, tied]["first"]) == found[stage, tied]["first"]
+
+
+@each_case
+def test_a_row_that_is_not_a_number_changes_no_weight(runs: dict[int, Any], stage: int, tied: bool) -> None:
+    found = runs[0][stage, tied]
+    assert found["skipped"] == 1
+    assert all(torch.equal(found["before"][name], found["after"][name]) for name in found["before"])
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_learns_and_skips(runs: dict[int, Any], stage: int) -> None:
+    if len(runs) > 1:
+        pytest.skip("runs with one rank")
+    found = runs[0]["bfloat16"][stage]
+    assert found["losses"][-1] < found["losses"][0] - 0.1
+    assert found["losses"] == pytest.approx(runs[0]["bfloat16"][1]["losses"], abs=2e-2)
+    assert found["skipped"] == 1
+    assert all(torch.equal(found["before"][name], found["after"][name]) for name in found["before"])
+    assert all(tensor.dtype is torch.bfloat16 for tensor in found["after"].values())
+
+
+@pytest.mark.stack
+def test_scores_of_another_head_are_refused(runs: dict[int, Any]) -> None:
+    if len(runs) > 1:
+        pytest.skip("runs with one rank")
+    assert "could not be rebuilt" in runs[0]["wrong head"]
