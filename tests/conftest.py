@@ -1,0 +1,23 @@
+"""What every test stands on: the environment of its processes, and the folder of data and models."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Before any import of a library that reads them; what the caller has set stays.
+os.environ.setdefault("RAYKD_DATA", str(ROOT.parent / "shared"))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """The folder holding data/ and models/; a test that asks for it skips where there is none."""
+    folder = Path(os.environ["RAYKD_DATA"])
+    if not ((folder / "data").is_dir() and (folder / "models").is_dir()):
+        pytest.skip(f"no data/ and models/ under {folder}: set RAYKD_DATA to the folder that holds them")
+    return folder
