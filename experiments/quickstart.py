@@ -84,7 +84,7 @@ def main() -> None:
     console.rule("3. the control: as many steps of SFT alone")
     longer = Stage(algorithm=SFT(), steps=SFT_STEPS + DISTIL_STEPS, batch_size=32, optimiser=fast)
     control = run(Experiment(name="quickstart-control", stages=(longer,), **pair), console=console)
-    quickstart_report.show(console, distilled, control)
+    quickstart_report.show(console, distilled, control, teacher.student)
 
 
 if __name__ == "__main__":

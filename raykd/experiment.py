@@ -145,8 +145,6 @@ class EvaluationConfig(_Value):
     """Held-out prompts; they are taken from the data and never trained on. 0 measures nothing."""
     every: int = Field(0, ge=0)
     """Also every so many steps within a stage; 0 only between stages."""
-    samples: int = Field(4, ge=0)
-    """Answers shown side by side at the end."""
 
 
 class TrackingConfig(_Value):

@@ -51,8 +51,7 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
         max_length=experiment.max_length,
         seed=experiment.seed,
     )
-    console.log(f"run directory {folder}", highlight=False)
-    console.log("starting the workers", highlight=False)
+    console.print(f"run directory {folder}; starting the workers", highlight=False, soft_wrap=True)
     workers = Workers(experiment, facts)
     tracking = experiment.tracking
     config = experiment.model_dump(mode="json")

@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-SHOWN = ("loss", "reverse_kl", "divergence", "response_length")
+SHOWN = ("loss", "reverse_kl", "response_length")
 """Metrics shown beside the progress bar."""
 
 
@@ -32,7 +32,7 @@ class Tracker:
             disable=not console.is_terminal,
         )
         self.console = console
-        self._task = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -49,17 +49,43 @@ class Tracker:
         if self._task is not None:
             self._progress.stop_task(self._task)
         self._task = self._progress.add_task(description, total=total, completed=done, numbers="")
-        self.console.log(f"{description}: {total} steps", highlight=False)
+        self._description, self._total, self._done = description, total, done
 
-    def log(self, step: int, metrics: Mapping[str, float | str], *, advance: bool = True) -> None:
-        """Record the numbers of a step; ``step`` counts optimiser steps over all stages."""
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record an optimiser step; ``step`` counts over all stages."""
+        self._write(step, metrics)
+        if self._task is None:
+            return
+        numbers = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
+        self._progress.update(self._task, advance=1, numbers=numbers)
+        self._done += 1
+        if not self.console.is_terminal and self._done % max(1, self._total // 10) == 0:
+            self._print(f"{self._description}  {self._done}/{self._total}  {numbers}")
+
+    def log_held_out(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record held-out numbers under ``heldout/``."""
+        self._write(step, {f"heldout/{name}": value for name, value in metrics.items()})
+        self._print(f"held out after step {step}:  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+
+    def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         seconds = round(time.monotonic() - self._started, 3)
         self._file.write(json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n")
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
-        if self._task is not None and advance:
-            numbers = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if isinstance(metrics.get(name), float))
-            self._progress.update(self._task, advance=1, numbers=numbers)
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def throughput(run: Path) -> dict[str, float]:
+    """Response tokens per second of each verb over the whole run, from its ``metrics.jsonl``."""
+    sums: dict[str, float] = {}
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        for name, value in json.loads(line).items():
+            if name.startswith(("tokens/", "seconds/")):
+                sums[name] = sums.get(name, 0.0) + value
+    verbs = [name.removeprefix("tokens/") for name in sums if name.startswith("tokens/")]
+    return {verb: sums[f"tokens/{verb}"] / sums[f"seconds/{verb}"] for verb in verbs}
 
 
 def _start_wandb(run: Path, experiment: Mapping[str, Any], name: str, project: str) -> Any:

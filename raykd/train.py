@@ -66,7 +66,7 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
                 rate = learning_rate(stage.optimiser, at.step, stage.steps)
                 metrics = workers.step(terms, rate)
                 at.step, at.total = at.step + 1, at.total + 1
-                tracker.log(at.total, metrics | summary([row.rollout for row in batch], at.total) | timing(workers))
+                tracker.log(at.total, metrics | summary([row.rollout for row in batch], at.total) | workers.take_usage())
             if _due(experiment.evaluation.every, at, stage):
                 measure(experiment, workers, data, tracker, at)
             if _due(experiment.checkpoint_every, at, stage):
@@ -111,18 +111,17 @@ def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Track
     given = dataset_rollouts([prompt for prompt in data.held_out if prompt.response])
     metrics: dict[str, float] = {}
     if given:
-        metrics["heldout_loss"] = workers.evaluate([Term(algorithm=SFT(), rows=unscored(given))])["loss"]
+        metrics["loss"] = workers.evaluate([Term(algorithm=SFT(), rows=unscored(given))])["loss"]
     if workers.teachers is not None:
         written = workers.generate(data.held_out, samples=1, teacher_share=0.0, max_tokens=experiment.max_response, salt=-1)
-        rows = workers.score(written, Needs.DISTRIBUTION)
-        metrics["heldout_reverse_kl"] = workers.evaluate([Term(algorithm=GKD(divergence=ReverseKL()), rows=rows)])["loss"]
-        metrics |= {f"heldout_{name}": value for name, value in summary(written, at.total).items() if name != "staleness"}
         if given:
             rows = workers.score(given, Needs.DISTRIBUTION)
-            metrics["heldout_forward_kl"] = workers.evaluate([Term(algorithm=KD(), rows=rows)])["loss"]
-    tracker.log(at.total, metrics, advance=False)
-    tracker.console.log("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()), highlight=False)
-    workers.take_seconds()
+            metrics["forward_kl"] = workers.evaluate([Term(algorithm=KD(), rows=rows)])["loss"]
+        rows = workers.score(written, Needs.DISTRIBUTION)
+        metrics["reverse_kl"] = workers.evaluate([Term(algorithm=GKD(divergence=ReverseKL()), rows=rows)])["loss"]
+        metrics |= {name: value for name, value in summary(written, at.total).items() if name.startswith(("response", "empty", "cut"))}
+    tracker.log_held_out(at.total, metrics)
+    workers.take_usage()  # measuring is not part of any step
     return metrics
 
 
@@ -145,11 +144,6 @@ def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
         "dataset_share": sum(r.source is Source.DATASET for r in rollouts) / count,
         "staleness": sum(version - 1 - r.version for r in rollouts if r.source is not Source.DATASET) / count,
     }
-
-
-def timing(workers: Workers) -> dict[str, float]:
-    """Seconds of each stage of the pipeline since the last step."""
-    return {f"seconds_{verb}": seconds for verb, seconds in workers.take_seconds().items()}
 
 
 def save_checkpoint(workers: Workers, data: Data, run: Path, at: Position) -> None:

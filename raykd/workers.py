@@ -2,7 +2,8 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,7 @@ class Workers:
         self._start(scorers + writers)
         self._update: WeightUpdate | None = None
         self._learner_version = self._rollout_version = 0
-        self.seconds: dict[str, float] = {}
-        """Time spent in each verb since last asked for."""
+        self._usage: dict[str, float] = {}
 
     @property
     def version(self) -> int:
@@ -67,7 +67,7 @@ class Workers:
         assert self.rollouts is not None, "nothing samples from the student"
         self.publish()
         requests = _requests(prompts, samples, salt)
-        with self._timed("generate"):
+        with self._measured("generate") as measured:
             handles = self.teachers.actors if self.teachers and teacher_share > 0 else []
             num_shares = min(len(self.rollouts.actors), len(requests))
             calls = [
@@ -75,9 +75,10 @@ class Workers:
                 for i in range(num_shares)
             ]
             answers = self.rollouts.map("generate", calls)
-        rollouts: list[Rollout] = [answers[0][0]] * len(requests)
-        for i, answer in enumerate(answers):
-            rollouts[i::num_shares] = answer
+            rollouts: list[Rollout] = [answers[0][0]] * len(requests)
+            for i, answer in enumerate(answers):
+                rollouts[i::num_shares] = answer
+            measured.tokens = sum(len(rollout.tokens) for rollout in rollouts)
         return rollouts
 
     def score(self, rollouts: Sequence[Rollout], needs: Needs) -> list[Row]:
@@ -85,7 +86,8 @@ class Workers:
         if needs is Needs.NOTHING:
             return unscored(rollouts)
         assert self.teachers is not None, "the experiment has no teacher"
-        with self._timed("score"):
+        with self._measured("score") as measured:
+            measured.tokens = sum(len(rollout.tokens) for rollout in rollouts)
             order = {id(rollout): index for index, rollout in enumerate(rollouts)}
             shares = [share for share in deal([Row(rollout=r) for r in rollouts], len(self.teachers.actors)) if share]
             calls = [{"rollouts": [row.rollout for row in share], "needs": needs} for share in shares]
@@ -99,14 +101,15 @@ class Workers:
 
     def step(self, terms: Sequence[Term], learning_rate: float) -> dict[str, float]:
         """One optimiser step on the sum of the terms; metrics are means over the whole step."""
-        with self._timed("learn"):
+        with self._measured("learn") as measured:
+            measured.tokens = sum(len(row.rollout.tokens) for term in terms for row in term.rows)
             shares = self.learner.each("step", self._deal(terms), [learning_rate] * len(self.learner.ranks))
         self._learner_version += 1
         return _sum(shares)
 
     def evaluate(self, terms: Sequence[Term]) -> dict[str, float]:
         """The terms' losses and metrics without learning."""
-        with self._timed("evaluate"):
+        with self._measured("evaluate"):
             return _sum(self.learner.each("evaluate", self._deal(terms)))
 
     def begin(self, optimiser: Optimiser) -> None:
@@ -117,7 +120,7 @@ class Workers:
         """Bring the rollout fleet to the learner's version, if it is behind; references pass through here, weights do not."""
         if self.rollouts is None or self._rollout_version == self._learner_version:
             return
-        with self._timed("publish"):
+        with self._measured("publish"):
             self._update = self.learner.all("publish", self._learner_version)[0]
             self._load()
         self._rollout_version = self._learner_version
@@ -136,10 +139,10 @@ class Workers:
         """A verb of the replay buffer."""
         return get(getattr(self.replay, method).remote(*arguments), self.learner.deadline_s, f"replay {method}")
 
-    def take_seconds(self) -> dict[str, float]:
-        """Seconds spent in each verb since the last call."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
+    def take_usage(self) -> dict[str, float]:
+        """``seconds/<verb>`` and response ``tokens/<verb>`` since the last call."""
+        usage, self._usage = self._usage, {}
+        return usage
 
     def close(self) -> None:
         """Give every actor back."""
@@ -177,19 +180,18 @@ class Workers:
                 per_rank[rank].append(LossTerm(algorithm=term.algorithm, rows=rows, totals=totals, weight=term.weight))
         return per_rank
 
-    def _timed(self, verb: str) -> "_Timer":
-        return _Timer(self.seconds, verb)
+    @contextmanager
+    def _measured(self, verb: str) -> Iterator["_Measured"]:
+        measured, started = _Measured(), time.perf_counter()
+        yield measured
+        for name, amount in (("seconds", time.perf_counter() - started), ("tokens", measured.tokens)):
+            if amount:
+                self._usage[f"{name}/{verb}"] = self._usage.get(f"{name}/{verb}", 0) + amount
 
 
-class _Timer:
-    def __init__(self, seconds: dict[str, float], verb: str) -> None:
-        self._seconds, self._verb = seconds, verb
-
-    def __enter__(self) -> None:
-        self._started = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds[self._verb] = self._seconds.get(self._verb, 0.0) + time.perf_counter() - self._started
+@dataclass(slots=True)
+class _Measured:
+    tokens: int = 0
 
 
 def dataset_rollouts(prompts: Sequence[Prompt]) -> list[Rollout]:
