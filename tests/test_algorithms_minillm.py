@@ -188,6 +188,18 @@ def test_paper_weights_the_exact_term_by_the_ratio() -> None:
     torch.testing.assert_close(evaluate(MiniLLM(), case)[1]["single_step_loss"], (exact * case.batch.mask).sum() / 5)
 
 
+def test_the_weight_of_the_exact_term_carries_no_gradient() -> None:
+    """The term alone, without rewards: each position's reverse-KL gradient q (log(q / p) - KL) times its ratio."""
+    case = random_case([3, 2], share=0.2)
+    unrewarded = replace(case.batch, teacher_logprobs=case.batch.student_logprobs)
+    _, gradient = loss_and_gradient(MiniLLM.paper(), Case(case.logits, case.teacher, unrewarded))
+    student = case.logits.log_softmax(-1)
+    gap = student - case.teacher
+    exact = student.exp() * (gap - (student.exp() * gap).sum(-1, keepdim=True))
+    ratio = (gather(student, case.batch.tokens) - case.batch.behaviour_logprobs).exp() * case.batch.mask
+    torch.testing.assert_close(gradient, exact * ratio[..., None] / 2)
+
+
 @settings(max_examples=15, deadline=None)
 @given(lengths=st.lists(st.integers(0, 4), min_size=2, max_size=5), seed=st.integers(0, 99), cut=st.integers(0, 5))
 def test_any_split_into_micro_batches_sums_to_the_whole(lengths: list[int], seed: int, cut: int) -> None:

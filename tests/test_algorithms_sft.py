@@ -24,6 +24,13 @@ def test_loss_by_hand() -> None:
         assert metrics["nll"].item() == pytest.approx(11 / 5 * math.log(2), abs=1e-12)
 
 
+def test_sequence_mean_divides_each_response_by_its_own_length() -> None:
+    case = random_case([3, 1, 0])
+    nll = -case.logits.log_softmax(-1).gather(-1, case.batch.tokens[..., None])[..., 0]
+    loss, _ = evaluate(SFT(reduction="sequence_mean"), case)
+    torch.testing.assert_close(loss, (nll[0].mean() + nll[1, 0]) / 3)
+
+
 def test_gradient_is_probability_minus_choice() -> None:
     case = random_case([3, 1])
     _, gradient = loss_and_gradient(SFT(), case)
