@@ -37,7 +37,7 @@ class EngineThread:
         self._backlog: deque[_Request | _Call] = deque()
         self._running: dict[str, _Request] = {}
         self._num_requests = 0
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._closing = threading.Lock()
         ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(build, ready), name="vllm-engine", daemon=True)
@@ -75,14 +75,14 @@ class EngineThread:
             ready.set_exception(error)
             return
         ready.set_result(None)
-        failure = RuntimeError("it was closed")
+        failure: BaseException = RuntimeError("it was closed")
         try:
             while self._receive():
                 with _STEPPING:
                     self._admit(engine)
                     outputs = engine.step() if self._running else []
                 self._deliver(outputs)
-        except Exception as error:
+        except BaseException as error:  # whatever ends this thread, no caller may wait for ever
             failure = error
         self._fail(failure)
         with _STEPPING:
@@ -139,22 +139,13 @@ class EngineThread:
             if output.finished:
                 _answer(self._running.pop(output.request_id).future, output)
 
-    def _fail(self, error: Exception) -> None:
+    def _fail(self, error: BaseException) -> None:
         with self._closing:
             self._failure = error
-        while self._receive_nowait():
-            pass
+        while not self._inbox.empty():
+            self._receive()
         for item in [*self._running.values(), *self._backlog]:
             _answer(item.future, RuntimeError(f"the vLLM engine has stopped: {error}"))
-
-    def _receive_nowait(self) -> bool:
-        try:
-            item = self._inbox.get_nowait()
-        except queue.Empty:
-            return False
-        if item is not None:
-            self._backlog.append(item)
-        return True
 
 
 def _answer(future: Future[Any], result: Any) -> None:

@@ -60,6 +60,7 @@ class VllmEngine:
         )
         output: Any = await self._answer(self._thread.submit(list(tokens), params), "a completion")
         (written,) = output.outputs
+        assert written.logprobs.token_ids == list(written.token_ids), "one log-prob a token, its own"
         return Completion(tuple(written.token_ids), tuple(written.logprobs.logprobs), written.finish_reason == "stop")
 
     async def score(self, tokens: Sequence[int], start: int) -> list[float]:
@@ -70,14 +71,13 @@ class VllmEngine:
         self._check(tokens, len(tokens))
         if not 0 < start < len(tokens):
             raise ValueError(f"cannot score from position {start} of {len(tokens)} tokens: the first needs a token before it")
-        # The last token is forced as the one sampled token, whose log-prob comes from before the forcing: what is
-        # prefilled then fits wherever the text was written, and nothing is computed that is not asked for.
+        # All but the last token are prefilled, and the last one's log-prob is asked of the distribution after them, from
+        # which one token is sampled and thrown away: this needs no more room than writing the text did.
         params = SamplingParams(
             max_tokens=1,
             temperature=0.0,
-            logprobs=0,
+            logprob_token_ids=[tokens[-1]],
             prompt_logprobs=0 if start < len(tokens) - 1 else None,
-            allowed_token_ids=[tokens[-1]],
             flat_logprobs=True,
             ignore_eos=True,
             detokenize=False,
@@ -85,7 +85,7 @@ class VllmEngine:
         )
         output: Any = await self._answer(self._thread.submit(list(tokens[:-1]), params), "a score")
         of_prompt = output.prompt_logprobs.logprobs[start - 1 :] if output.prompt_logprobs is not None else []
-        return [*of_prompt, *output.outputs[0].logprobs.logprobs]
+        return [*of_prompt, output.outputs[0].logprobs[0][tokens[-1]].logprob]
 
     async def load(self, update: WeightUpdate, fetch: Callable[[Any], Bucket]) -> int:
         """Fetch and check all buckets, then replace the weights once no request is in flight; returns the version.

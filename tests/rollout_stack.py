@@ -1,0 +1,113 @@
+"""Engines and models the rollout tests share: each is started once in a session, all run on one event loop."""
+
+import asyncio
+import atexit
+import os
+import tempfile
+from collections.abc import Coroutine, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from raykd.rollout.config import EngineConfig
+from raykd.rollout.vllm_engine import VllmEngine
+from raykd.rollout.worker import RolloutWorker
+from raykd.weights import WeightUpdate, pack
+
+STORIES = str(Path(os.environ["RAYKD_DATA"]) / "models" / "stories260K")
+STORIES_EOS = 2
+TINY_VOCABULARY, TINY_ROWS, TINY_EOS = 12, 16, 11
+
+_LOOP = asyncio.new_event_loop()
+
+
+def wait(work: Coroutine[Any, Any, Any]) -> Any:
+    """Its result, from the one loop of all tests."""
+    return _LOOP.run_until_complete(work)
+
+
+@cache
+def folder(name: str) -> str:
+    """A small random Llama on disk; its weights are large, so that its distributions are far from flat."""
+    torch.manual_seed({"teacher": 1, "tiny-p": 2, "tiny-q": 3}[name])
+    stories = name == "teacher"
+    config = LlamaConfig(
+        vocab_size=512 if stories else TINY_ROWS,
+        hidden_size=64 if stories else 32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=512,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=STORIES_EOS if stories else TINY_EOS,
+    )
+    path = Path(_scratch().name) / name
+    LlamaForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+@cache
+def worker(model: str) -> RolloutWorker:
+    started = RolloutWorker(model, engine_config(model), eos_of(model))
+    atexit.register(started.close)
+    return started
+
+
+def new_engine(model: str, **settings: Any) -> VllmEngine:
+    return VllmEngine(model, engine_config(model).model_copy(update=settings), eos_of(model))
+
+
+def engine_config(model: str) -> EngineConfig:
+    vocab_size = TINY_VOCABULARY if "tiny" in model else 512
+    return EngineConfig(dtype="float32", max_length=256, vocab_size=vocab_size, cpu_kv_cache_gib=0.1)
+
+
+def eos_of(model: str) -> tuple[int, ...]:
+    return (TINY_EOS if "tiny" in model else STORIES_EOS,)
+
+
+@cache
+def reference(model: str) -> PreTrainedModel:
+    """The same model in Hugging Face's own code."""
+    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def reference_logprobs(model: PreTrainedModel, tokens: Sequence[int], start: int) -> torch.Tensor:
+    """log-softmax over the true vocabulary at the positions that predict ``tokens[start:]``; [T, V]."""
+    vocab_size = TINY_VOCABULARY if model.config.vocab_size == TINY_ROWS else model.config.vocab_size
+    logits = model(torch.tensor([list(tokens)])).logits[0, start - 1 : -1, :vocab_size]
+    return logits.float().log_softmax(-1)
+
+
+def chosen_logprobs(model: PreTrainedModel, tokens: Sequence[int], start: int) -> torch.Tensor:
+    """Of ``tokens[start:]``; [T]."""
+    return reference_logprobs(model, tokens, start).gather(-1, torch.tensor(list(tokens[start:]))[:, None])[:, 0]
+
+
+@torch.no_grad()
+def perturbed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """A copy with every parameter changed."""
+    generator = torch.Generator().manual_seed(seed)
+    copy = type(model)(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    for parameter in copy.parameters():
+        parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
+    return copy
+
+
+def publish(model: PreTrainedModel, version: int) -> WeightUpdate:
+    """What a learner sends: each parameter once, so no head where it is tied to the embedding."""
+    buckets = tuple(pack(model.named_parameters(), bucket_bytes=100_000))
+    return WeightUpdate(version=version, buckets=buckets, bytes=sum(bucket.data.nbytes for bucket in buckets))
+
+
+@cache
+def _scratch() -> "tempfile.TemporaryDirectory[str]":
+    return tempfile.TemporaryDirectory()

@@ -1,0 +1,205 @@
+import asyncio
+from dataclasses import replace
+
+import pytest
+import torch
+from rollout_stack import (
+    STORIES,
+    STORIES_EOS,
+    TINY_ROWS,
+    TINY_VOCABULARY,
+    chosen_logprobs,
+    folder,
+    new_engine,
+    perturbed,
+    publish,
+    reference,
+    wait,
+    worker,
+)
+
+from raykd.records import Source
+from raykd.rollout.requests import GenerationRequest, derive_seed
+from raykd.rollout.vllm_engine import VllmEngine
+from raykd.weights import WeightUpdate
+
+pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("data")]
+
+PROMPTS = [(1, 403, 407, 261, 378), (1, 410, 412, 432, 411, 347, 328, 369), (1, 320)]
+
+
+def requests(salt: int = 0, samples: int = 3) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(prompt_id=f"p{index}", sample=sample, prompt_tokens=prompt, salt=salt)
+        for index, prompt in enumerate(PROMPTS)
+        for sample in range(samples)
+    ]
+
+
+def greedy(engine: VllmEngine, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+    return wait(engine.complete(prompt, max_tokens, seed=0, greedy=True)).tokens
+
+
+def reference_greedy(model, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
+    written = model.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False, eos_token_id=STORIES_EOS)
+    return tuple(written[0, len(prompt) :].tolist())
+
+
+def same_bytes(engine: VllmEngine, model) -> list[str]:
+    """Names of the tensors that vLLM keeps as they are published (embedding and norms; linear weights are repacked)."""
+    published = dict(model.named_parameters())
+
+    def compare(vllm_model) -> list[str]:
+        kept = {name: tensor for name, tensor in vllm_model.named_parameters() if name in published}
+        return [
+            name
+            for name, tensor in kept.items()
+            if tensor.shape == published[name].shape and torch.equal(tensor, published[name])
+        ]
+
+    return wait(engine.inspect(lambda engine: engine.apply_model(compare)))[0]
+
+
+@pytest.mark.parametrize("model", [STORIES, "teacher"])
+def test_logprobs_of_what_it_writes_are_those_of_hugging_face(model):
+    model = model if model == STORIES else folder(model)
+    for rollout in wait(worker(model).generate(requests(), teacher_share=0.0, max_tokens=100)):
+        expected = chosen_logprobs(reference(model), [*rollout.prompt_tokens, *rollout.tokens], len(rollout.prompt_tokens))
+        torch.testing.assert_close(torch.tensor(rollout.student_logprobs), expected, atol=1e-4, rtol=0)
+        assert rollout.source is Source.STUDENT
+
+
+def test_greedy_tokens_are_those_of_hugging_face():
+    for prompt in PROMPTS:
+        assert greedy(worker(STORIES).engine, prompt, 60) == reference_greedy(reference(STORIES), prompt, 60)
+
+
+@pytest.mark.parametrize("start", [1, 3, 200, 254, 255])
+def test_a_text_of_full_length_is_scored_from_any_position(start):
+    tokens = torch.randint(3, 512, (256,), generator=torch.Generator().manual_seed(0)).tolist()
+    scores = wait(worker(STORIES).engine.score(tokens, start))
+    torch.testing.assert_close(torch.tensor(scores), chosen_logprobs(reference(STORIES), tokens, start), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_response_depends_on_its_own_seed_and_not_on_its_batch(share):
+    student, teacher = worker(STORIES), worker(folder("teacher")).engine
+    together = wait(student.generate(requests(), share, 40, teacher))
+    backwards = wait(student.generate(requests()[::-1], share, 40, teacher))[::-1]
+    alone = [wait(student.generate([request], share, 40, teacher))[0] for request in requests()]
+    assert [r.tokens for r in together] == [r.tokens for r in backwards] == [r.tokens for r in alone]
+    assert len({r.tokens for r in together}) == len(together), "samples of a prompt differ"
+    assert [r.tokens for r in wait(student.generate(requests(salt=1), share, 40, teacher))] != [r.tokens for r in together]
+
+
+def test_seeds_are_the_same_in_every_process():
+    assert derive_seed(0, 1, "train.jsonl:17", 0, 3) == 8044038525178304390  # of another process
+    assert derive_seed(0, 11) != derive_seed(0, 1, 1)
+
+
+@pytest.mark.parametrize("model", [STORIES, "teacher"], ids=["tied head", "own head"])
+def test_loaded_weights_take_effect_exactly_and_at_once(model):
+    model = model if model == STORIES else folder(model)
+    student, changed = worker(model), perturbed(reference(model), seed=5)
+    before = [greedy(student.engine, prompt, 40) for prompt in PROMPTS]
+    expected_tokens = [reference_greedy(changed, prompt, 40) for prompt in PROMPTS]
+    try:
+        assert wait(student.load(publish(changed, version=7), fetch=lambda bucket: bucket)) == 7
+        assert [greedy(student.engine, prompt, 40) for prompt in PROMPTS] == expected_tokens != before
+        for rollout in wait(student.generate(requests(), 0.0, 60)):
+            expected = chosen_logprobs(changed, [*rollout.prompt_tokens, *rollout.tokens], len(rollout.prompt_tokens))
+            torch.testing.assert_close(torch.tensor(rollout.student_logprobs), expected, atol=1e-4, rtol=0)
+            assert rollout.version == 7
+        layers = range(reference(model).config.num_hidden_layers)
+        norms = {f"model.layers.{i}.{name}_layernorm.weight" for i in layers for name in ("input", "post_attention")}
+        assert {"model.embed_tokens.weight", "model.norm.weight", *norms} <= set(same_bytes(student.engine, changed))
+    finally:
+        wait(student.load(publish(reference(model), version=0), fetch=lambda bucket: bucket))
+    assert [greedy(student.engine, prompt, 40) for prompt in PROMPTS] == before
+
+
+def test_a_damaged_bucket_is_refused_before_any_weight_changes():
+    student, update = worker(STORIES), publish(perturbed(reference(STORIES), seed=6), version=9)
+    before = greedy(student.engine, PROMPTS[0], 30)
+    damaged = replace(update.buckets[-1], data=update.buckets[-1].data.copy())
+    damaged.data[3] ^= 1
+    with pytest.raises(ValueError, match="damaged"):
+        wait(student.load(replace(update, buckets=(*update.buckets[:-1], damaged)), fetch=lambda bucket: bucket))
+    assert greedy(student.engine, PROMPTS[0], 30) == before
+    assert student.version == 0
+
+
+def test_responses_in_progress_are_finished_by_the_version_that_began_them():
+    student, changed = worker(STORIES), perturbed(reference(STORIES), seed=7)
+
+    async def load_meanwhile():
+        writing = asyncio.ensure_future(student.generate(requests(), 0.0, 100))
+        await asyncio.sleep(0.05)
+        loading = asyncio.ensure_future(student.load(publish(changed, version=3), fetch=lambda bucket: bucket))
+        await asyncio.sleep(0.01)
+        later = asyncio.ensure_future(student.generate(requests(), 0.0, 100))
+        return await writing, await loading, await later
+
+    try:
+        first, version, second = wait(load_meanwhile())
+    finally:
+        wait(student.load(publish(reference(STORIES), version=0), fetch=lambda bucket: bucket))
+    assert (version, {r.version for r in first}, {r.version for r in second}) == (3, {0}, {3})
+    for rollouts, model in ((first, reference(STORIES)), (second, changed)):
+        for rollout in rollouts:
+            expected = chosen_logprobs(model, [*rollout.prompt_tokens, *rollout.tokens], len(rollout.prompt_tokens))
+            torch.testing.assert_close(torch.tensor(rollout.student_logprobs), expected, atol=1e-4, rtol=0)
+
+
+def test_an_incomplete_update_stops_the_engine_and_every_caller_learns_why():
+    engine, update = new_engine(folder("tiny-q")), publish(reference(folder("tiny-q")), version=1)
+
+    async def load_and_complete():
+        partial = WeightUpdate(version=1, buckets=update.buckets[:1], bytes=0)
+        loading = asyncio.ensure_future(engine.load(partial, fetch=lambda bucket: bucket))
+        await asyncio.sleep(0.01)
+        return await asyncio.gather(loading, engine.complete([1, 2], 8, seed=0), return_exceptions=True)
+
+    assert len(update.buckets) > 1, "one bucket would be a complete update"
+    loading, waiting = wait(load_and_complete())
+    assert isinstance(loading, ValueError) and "misses values of" in str(loading)
+    assert isinstance(waiting, RuntimeError) and "misses values of" in str(waiting)
+    with pytest.raises(RuntimeError, match="start a new one"):
+        wait(engine.complete([1, 2], 8, seed=0))
+    engine.close()
+
+
+def test_a_late_answer_is_an_error_and_frees_its_place():
+    engine = new_engine(folder("tiny-q"), deadline=1e-4)
+    with pytest.raises(TimeoutError, match="raise deadline"):
+        wait(engine.complete([1, 2], 200, seed=0))
+    assert engine._thread.exclusive(lambda vllm: vllm.get_num_unfinished_requests()).result(timeout=60) == 0
+    engine.close()
+
+
+def test_padding_of_the_vocabulary_is_never_sampled_and_has_no_probability():
+    model = folder("tiny-q")
+    written = wait(_many(worker(model).engine, 64))
+    assert {token for completion in written for token in completion.tokens} <= set(range(TINY_VOCABULARY))
+    assert reference(model).config.vocab_size == TINY_ROWS
+    for completion in written:
+        expected = chosen_logprobs(reference(model), [1, *completion.tokens], 1)
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
+
+
+async def _many(engine: VllmEngine, count: int):
+    return await asyncio.gather(*(engine.complete([1], 20, seed=seed) for seed in range(count)))
+
+
+def test_what_cannot_be_answered_is_refused_with_a_remedy():
+    engine = worker(STORIES).engine
+    with pytest.raises(ValueError, match=r"257 tokens .* exceed max_length 256"):
+        wait(engine.complete([1] * 57, 200, seed=0))
+    with pytest.raises(ValueError, match=r"within \[0, 512\)"):
+        wait(engine.complete([1, 512], 10, seed=0))
+    with pytest.raises(ValueError, match="token before it"):
+        wait(engine.score([1, 2], 0))
+    with pytest.raises(ValueError, match="no teacher was given"):
+        wait(worker(STORIES).generate(requests(), 0.2, 10))
+    with pytest.raises(ValueError, match="more than the 512 rows"):
+        new_engine(STORIES, vocab_size=600)
