@@ -20,8 +20,8 @@ LAUNCHERS = ["aws.yaml", "gcp.yaml"]
 FIELDS = {
     "RayJob": "apiVersion kind metadata spec",
     "RayJobSpec": "activeDeadlineSeconds backoffLimit rayClusterSpec submitterPodTemplate metadata clusterSelector submitterConfig "
-    "managedBy deletionStrategy entrypoint runtimeEnvYAML jobId submissionMode entrypointResources entrypointNumCpus "
-    "entrypointNumGpus ttlSecondsAfterFinished shutdownAfterJobFinishes suspend",
+    "managedBy deletionStrategy entrypoint runtimeEnvYAML jobId submissionMode entrypointResources "
+    "entrypointNumCpus entrypointNumGpus ttlSecondsAfterFinished shutdownAfterJobFinishes suspend",
     "RayClusterSpec": "authOptions suspend managedBy autoscalerOptions headServiceAnnotations enableInTreeAutoscaling "
     "gcsFaultToleranceOptions headGroupSpec rayVersion workerGroupSpecs",
     "AuthOptions": "mode secretName enableK8sTokenAuth",
@@ -136,7 +136,11 @@ def test_the_rayjob_runs_a_file_of_the_image_and_writes_to_the_volume(job: dict[
     (container,) = pod["containers"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     assert set(mounts) == {volume["name"] for volume in pod["volumes"]}
-    claims = {volume["name"]: volume["persistentVolumeClaim"]["claimName"] for volume in pod["volumes"] if "persistentVolumeClaim" in volume}
+    claims = {
+        volume["name"]: volume["persistentVolumeClaim"]["claimName"]
+        for volume in pod["volumes"]
+        if "persistentVolumeClaim" in volume
+    }
     assert claims == {"storage": load("kuberay-volume.yaml")["metadata"]["name"]}
     _, script, option, runs = job["spec"]["entrypoint"].split()
     workdir = re.search(r"^WORKDIR (\S+)", (CLUSTERS / "Dockerfile").read_text(), re.MULTILINE)[1]

@@ -15,7 +15,7 @@ ROWS = (
     ("records", "logprobs"),
     ("divergences", "surrogates", "projection"),
     ("algorithms", "prompts", "replay", "weights", "tracking", "experiment"),
-    ("collate", "student"),
+    ("collate", "rank", "student"),
     ("rollout", "teacher", "learner"),
     ("actors", "fleet", "evaluation", "planning", "report"),
     ("workers", "train"),
@@ -49,7 +49,9 @@ def imported(path: Path) -> list[tuple[int, str]]:
             found += [(node.lineno, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             package = ["raykd", *path.relative_to(PACKAGE).parts[:-1]]
-            base = ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])]) if node.level else node.module
+            base = (
+                ".".join([*package[: len(package) - node.level + 1], *filter(None, [node.module])]) if node.level else node.module
+            )
             names = [f"{base}.{alias.name}" for alias in node.names] if base == "raykd" else [str(base)]
             found += [(node.lineno, name) for name in names]
     return found

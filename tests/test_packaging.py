@@ -23,12 +23,16 @@ def run_recipe(folder: Path, **environment: str) -> subprocess.CompletedProcess[
     (folder / "tools").mkdir()
     recipe = folder / "tools" / "install.sh"
     recipe.write_text((ROOT / "tools" / "install.sh").read_text())
-    return subprocess.run(["/bin/bash", str(recipe)], capture_output=True, text=True, env={"PATH": str(folder)} | environment, check=False)
+    return subprocess.run(
+        ["/bin/bash", str(recipe)], capture_output=True, text=True, env={"PATH": str(folder)} | environment, check=False
+    )
 
 
 def tools_without_python(folder: Path) -> None:
     for name in ("dirname", "uname"):
-        (folder / name).symlink_to(next(Path(part) / name for part in os.environ["PATH"].split(":") if (Path(part) / name).exists()))
+        (folder / name).symlink_to(
+            next(Path(part) / name for part in os.environ["PATH"].split(":") if (Path(part) / name).exists())
+        )
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
