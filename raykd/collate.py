@@ -86,9 +86,16 @@ def micro_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
 
 
 def collate(
-    rows: Sequence[Row], algorithm: Algorithm, totals: Totals, *, fetch: Fetch, teacher_head: Head | None, vocab_size: int, pad_token_id: int
+    rows: Sequence[Row],
+    algorithm: Algorithm,
+    totals: Totals,
+    *,
+    fetch: Fetch,
+    teacher_head: Head | None,
+    vocab_size: int,
+    pad_id: int,
 ) -> MicroBatch:
-    """Pad rows into one micro-batch. No rows give one row of padding and N = 0: ranks without work still join the collectives."""
+    """Pad rows into one micro-batch. No rows give a row of padding and N = 0: ranks without work still join the collectives."""
     inputs = [(row.rollout.prompt_tokens + row.rollout.tokens)[:-1] for row in rows] or [()]
     responses = [row.rollout.tokens for row in rows] or [()]
     # A text without a prompt is predicted from its second token on: nothing predicts the first.
@@ -102,7 +109,7 @@ def collate(
     positions = [slot + len(inputs[b]) - len(responses[b]) for b, slot in zip(sequences, slots, strict=True)]
     teacher = _teacher_rows(scores, firsts, teacher_head, vocab_size) if algorithm.needs is Needs.DISTRIBUTION else _NO_TEACHER
     return MicroBatch(
-        input_ids=_padded(inputs, pad_token_id, torch.int64),
+        input_ids=_padded(inputs, pad_id, torch.int64),
         sequences=torch.tensor(sequences, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
         slots=torch.tensor(slots, dtype=torch.int64),
@@ -113,7 +120,11 @@ def collate(
 
 
 def _batch(
-    rows: Sequence[Row], responses: Sequence[Sequence[int]], firsts: Sequence[int], scores: Sequence[Scores | None], totals: Totals
+    rows: Sequence[Row],
+    responses: Sequence[Sequence[int]],
+    firsts: Sequence[int],
+    scores: Sequence[Scores | None],
+    totals: Totals,
 ) -> Batch:
     tokens = _padded(responses, 0, torch.int64)
     slots = torch.arange(tokens.shape[1])
@@ -122,7 +133,10 @@ def _batch(
     teacher = _padded([() if score is None else score.logprobs.tolist() for score in scores], 0.0, torch.float32, tokens.shape[1])
     shares = torch.tensor([row.rollout.teacher_share for row in rows] or [0.0])[:, None]
     # Without teacher scores, which is where the algorithm needs none, the law of a teacher-mixed response is not known.
-    known = [row.rollout.source is not Source.DATASET and not (score is None and row.rollout.teacher_share) for row, score in zip(rows, scores, strict=False)]
+    known = [
+        row.rollout.source is not Source.DATASET and not (score is None and row.rollout.teacher_share > 0)
+        for row, score in zip(rows, scores, strict=False)
+    ]
     behaviour = torch.where(shares > 0, mixture_logprobs(student, teacher, shares), student)
     return Batch(
         tokens=torch.where(mask, tokens, 0),
@@ -143,22 +157,27 @@ def _scores(row: Row, needs: Needs, fetch: Fetch) -> Scores | None:
         raise ValueError(f"{name} has no teacher scores, but the algorithm needs them; score it before the step")
     scores = fetch(row.scores).row(row.index)
     if len(scores.logprobs) != len(row.rollout.tokens):
-        raise ValueError(f"{name} has {len(row.rollout.tokens)} tokens but scores for {len(scores.logprobs)}; its scores are another row's")
+        raise ValueError(f"{name} has {len(row.rollout.tokens)} tokens but {len(scores.logprobs)} scores: they are another row's")
     if needs is Needs.DISTRIBUTION and scores.hidden is None and scores.logits is None:
         raise ValueError(f"{name}: the algorithm needs the teacher's distribution, but its scores hold only sampled log-probs")
     return scores
 
 
-_NO_TEACHER = {"teacher_hidden": None, "teacher_logits": None, "log_normaliser": torch.zeros(0), "logprobs": torch.zeros(0)}
+_NO_TEACHER: dict[str, Any] = {
+    "teacher_hidden": None,
+    "teacher_logits": None,
+    "log_normaliser": torch.zeros(0),
+    "logprobs": torch.zeros(0),
+}
 
 
-def _teacher_rows(scores: Sequence[Scores | None], firsts: Sequence[int], head: Head | None, vocab_size: int) -> dict[str, Tensor | None]:
+def _teacher_rows(scores: Sequence[Scores | None], firsts: Sequence[int], head: Head | None, vocab_size: int) -> dict[str, Any]:
     """The teacher's states [N, H] or logits [N, V] of the predicted tokens, and its probe [N]."""
     blocks = [(score, first) for score, first in zip(scores, firsts, strict=True) if score is not None]
     hidden = [score.hidden[first:] for score, first in blocks if score.hidden is not None]
     logits = [score.logits[first:] for score, first in blocks if score.logits is not None]
     if hidden and logits:
-        raise ValueError("one micro-batch holds hidden states of the teacher for some rows and logits for others; send one of them")
+        raise ValueError("some rows of a micro-batch hold the teacher's hidden states, others its logits; send one of them")
     if hidden and head is None:
         raise ValueError("the scores hold the teacher's hidden states, but the learner has no teacher head; pass teacher_head")
     if not hidden and not logits and head is not None:
@@ -181,7 +200,12 @@ def _padded(rows: Sequence[Sequence[float]], value: float, dtype: torch.dtype, w
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    """A dataclass of tensors on another device."""
-    tensors = {field.name: getattr(value, field.name) for field in fields(value) if isinstance(getattr(value, field.name), Tensor)}
-    moved = {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
-    return replace(value, **moved, **({"batch": _moved(value.batch, device)} if isinstance(value, MicroBatch) else {}))
+    """A dataclass of tensors, and of a batch of them, on another device."""
+    moved = {}
+    for field in fields(value):
+        item = getattr(value, field.name)
+        if isinstance(item, Tensor):
+            moved[field.name] = item.to(device, non_blocking=True)
+        elif isinstance(item, Batch):
+            moved[field.name] = _moved(item, device)
+    return replace(value, **moved)

@@ -9,16 +9,13 @@
 Every verb is collective: all ranks call it, in the same order. Importing this module does not import DeepSpeed.
 """
 
-import atexit
 import json
-import logging
 import math
 import os
-import warnings
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from torch import Tensor
 from raykd.collate import Fetch, LossTerm, MicroBatch, collate, micro_batches
 from raykd.experiment import LearnerConfig, Optimiser
 from raykd.projection import Head
+from raykd.rank import connect, deepspeed_config, zero_stage
 from raykd.records import Row
 from raykd.student import Student
 from raykd.weights import Bucket, WeightUpdate, pack
@@ -40,8 +38,10 @@ LATEST = "latest"
 
 
 class Learner:
-    """Steps on the sum of its loss terms. The gradient is that of the sum over all ranks and micro-batches, exactly: denominators
-    are global, so DeepSpeed's averaging is undone. A step whose loss or gradient norm is not finite changes nothing and counts as skipped.
+    """Steps on the sum of its loss terms.
+
+    The gradient is that of the sum over all ranks and micro-batches, exactly: denominators are global, and DeepSpeed's averaging
+    is undone. A step whose loss or gradient norm is not finite changes nothing and counts as skipped.
     """
 
     def __init__(
@@ -76,9 +76,10 @@ class Learner:
         self._gather = deepspeed.zero.GatheredParameters
         adam = torch.optim.AdamW(self._student.parameters(), fused=self.device.type == "cuda" and not config.offload_optimiser)
         with redirect_stdout(None):  # its bfloat16 optimiser prints the memory use
-            self._engine, *_ = deepspeed.initialize(model=self._student, optimizer=adam, config=deepspeed_config(config))
+            engine, *_ = deepspeed.initialize(model=self._student, optimizer=adam, config=deepspeed_config(config))
+        self._engine: Any = engine  # DeepSpeed has no usable annotations
         self._state = self._student.model.state_dict(keep_vars=True)
-        self.begin(Optimiser())
+        self._clip = 1.0
 
     def begin(self, optimiser: Optimiser) -> None:
         """Start a stage: AdamW's moments are zero again and its hyper-parameters those given."""
@@ -123,7 +124,7 @@ class Learner:
         return metrics.values()
 
     def publish(self, version: int, put: Callable[[Bucket], Any]) -> WeightUpdate | None:
-        """Hand the weights on, bucket by bucket, under their Hugging Face names; tied weights once. All ranks gather, rank 0 puts."""
+        """Hand the weights on in buckets, under their Hugging Face names, tied ones once; all ranks gather, rank 0 puts."""
         references, num_bytes = [], 0
         for named_tensors in self._gathered():
             if self.rank == 0:
@@ -132,15 +133,21 @@ class Learner:
                     num_bytes += bucket.data.nbytes
         return WeightUpdate(version=version, buckets=tuple(references), bytes=num_bytes) if self.rank == 0 else None
 
-    def save(self, folder: Path | str, tag: str = "checkpoint") -> None:
-        """Weights and optimiser state of every rank; ``latest`` names the checkpoint only after all of it is written."""
+    def save(self, folder: Path | str) -> None:
+        """Weights and optimiser state of every rank. The folder's ``latest`` names the new checkpoint only once all of it is
+        written, and then the one before is removed."""
         folder = Path(folder)
+        before = (folder / LATEST).read_text() if (folder / LATEST).exists() else None
+        tag = f"checkpoint-{int(before.rpartition('-')[2]) + 1 if before else 0}"
+        dist.barrier()
         self._engine.save_checkpoint(str(folder), tag=tag, client_state={"gradient_clip": self._clip}, save_latest=False)
         dist.barrier()
         if self.rank == 0:
             (folder / tag / "learner.json").write_text(json.dumps(self._layout()))
             (folder / f"{LATEST}.partial").write_text(tag)
             os.replace(folder / f"{LATEST}.partial", folder / LATEST)
+            if before:
+                shutil.rmtree(folder / before)
         dist.barrier()
 
     def restore(self, folder: Path | str) -> None:
@@ -151,7 +158,9 @@ class Learner:
         tag = (folder / LATEST).read_text()
         written = json.loads((folder / tag / "learner.json").read_text())
         if written != self._layout():
-            raise ValueError(f"{folder / tag} was written with {written}, the learner runs with {self._layout()}; use the same settings")
+            raise ValueError(
+                f"{folder / tag} was written with {written}, this learner has {self._layout()}; use the same settings"
+            )
         _, state = self._engine.load_checkpoint(str(folder), tag=tag)
         self._set_clip(state["gradient_clip"])
 
@@ -193,7 +202,7 @@ class Learner:
             fetch=self._fetch,
             teacher_head=self._teacher_head,
             vocab_size=self._vocab_size,
-            pad_token_id=self._pad_id,
+            pad_id=self._pad_id,
         ).to(self.device)
 
     def _update(self) -> float:
@@ -223,17 +232,19 @@ class Learner:
 
     def _gathered(self) -> Iterator[list[tuple[str, Tensor]]]:
         """Parameters and buffers in groups of about ``BUCKET_BYTES``, whole while a group is held; tied ones once."""
-        names = {id(tensor): name for name, tensor in reversed(self._state.items())}
-        group: list[str] = []
+        first_names = {id(tensor): name for name, tensor in reversed(self._state.items())}
+        groups: list[list[str]] = [[]]
         size = 0
-        for name in [*reversed(names.values()), None]:
-            num_bytes = 0 if name is None else getattr(self._state[name], "ds_numel", self._state[name].numel()) * self._state[name].itemsize
-            if group and (name is None or size + num_bytes > BUCKET_BYTES):
-                tensors = [self._state[member] for member in group]
-                with self._gather([tensor for tensor in tensors if hasattr(tensor, "ds_id")]):
-                    yield [(member, self._state[member].detach()) for member in group]
-                group, size = [], 0
-            group, size = [*group, name] if name else group, size + num_bytes
+        for name in reversed(first_names.values()):
+            num_bytes = _bytes(self._state[name])
+            if groups[-1] and size + num_bytes > BUCKET_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(name)
+            size += num_bytes
+        for group in groups:
+            with self._gather([self._state[name] for name in group if hasattr(self._state[name], "ds_id")]):
+                yield [(name, self._state[name].detach()) for name in group]
 
 
 class _Sums:
@@ -255,43 +266,9 @@ def _prefix(terms: Sequence[LossTerm], term: LossTerm) -> str:
     return "" if term is terms[0] else f"{type(term.algorithm).__name__.lower()}/"
 
 
-def zero_stage(config: LearnerConfig) -> int:
-    """The stage DeepSpeed runs. Stage 0 has no float32 master weights and no offloading, so bfloat16 and offloading run as stage 1."""
-    return max(config.zero_stage, 1) if config.dtype == "bfloat16" or config.offload_optimiser else config.zero_stage
-
-
-def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Accumulation, learning rate and, without ZeRO, clipping are the learner's."""
-    stage = zero_stage(config)
-    offload = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimiser else {}
-    return {
-        "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 1.0 if stage else 0.0,
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 50_000_000, **offload},
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.dtype == "bfloat16"},
-        "data_types": {"grad_accum_dtype": "fp32"},
-    }
-
-
-def connect(rank: int, ranks: int, address: tuple[str, int], deadline_s: float) -> torch.device:
-    """Join the process group, once in a process; returns this rank's device."""
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls, once per collective
-    cuda = torch.cuda.is_available()
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
-    local_rank = rank % torch.cuda.device_count() if cuda else 0
-    os.environ["LOCAL_RANK"] = str(local_rank)
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        store = f"tcp://{address[0]}:{address[1]}"
-        timeout = timedelta(seconds=deadline_s)
-        dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
-        atexit.register(dist.destroy_process_group)
-    return device
+def _bytes(tensor: Tensor) -> int:
+    """Of the whole tensor, also where ZeRO-3 holds a part of it."""
+    return getattr(tensor, "ds_numel", tensor.numel()) * tensor.itemsize
 
 
 def _on(head: Head, device: torch.device) -> Head:

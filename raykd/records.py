@@ -116,7 +116,9 @@ class Totals:
 
     @classmethod
     def of(cls, rows: list[Row]) -> "Totals":
-        return cls(tokens=sum(len(row.rollout.tokens) for row in rows), sequences=len(rows))
+        """Predicted tokens only: nothing predicts the first token of a text without a prompt."""
+        predicted = (max(0, len(row.rollout.tokens) - (not row.rollout.prompt_tokens)) for row in rows)
+        return cls(tokens=sum(predicted), sequences=len(rows))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

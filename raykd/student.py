@@ -32,9 +32,9 @@ class _Float32Product(torch.autograd.Function):
         return torch.mm(hidden, weight.T, out_dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         hidden, weight = ctx.saved_tensors
-        grad = grad.to(weight.dtype)
+        grad = grads[0].to(weight.dtype)
         return grad @ weight, grad.T @ hidden
 
 
@@ -84,12 +84,19 @@ class Student(nn.Module):
     """
 
     def __init__(
-        self, folder: str, *, dtype: torch.dtype, vocab_size: int, chunk: int, teacher_head: Head | None, activation_checkpointing: bool
+        self,
+        folder: str,
+        *,
+        dtype: torch.dtype,
+        vocab_size: int,
+        chunk: int,
+        teacher_head: Head | None,
+        activation_checkpointing: bool,
     ) -> None:
         super().__init__()
         config = AutoConfig.from_pretrained(folder)
         if config.is_encoder_decoder:
-            raise ValueError(f"{folder}: {config.model_type} is an encoder-decoder model; the learner trains causal language models")
+            raise ValueError(f"{folder}: {config.model_type} is an encoder-decoder model; the learner trains causal models")
         self._rates = dropout_rates(config)
         for name in self._rates:
             setattr(config, name, 0.0)
@@ -138,8 +145,8 @@ class Student(nn.Module):
         error = float((rebuilt - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         if not error <= HEAD_TOLERANCE[self.output.weight.dtype]:
             raise ValueError(
-                f"{folder}: the logits of {self.model.config.model_type} are not its linear head times the last hidden state, with "
-                f"logit_scale, logits_scaling and final_logit_softcapping applied (relative error {error:.2g}); "
+                f"{folder}: the logits of {self.model.config.model_type} are not its linear head times the last hidden state, "
+                f"with logit_scale, logits_scaling and final_logit_softcapping applied (relative error {error:.2g}); "
                 "teach raykd.student.logit_scale_and_softcap what this architecture does"
             )
 
@@ -160,5 +167,7 @@ def _linear_head(model: PreTrainedModel, folder: str, vocab_size: int) -> nn.Lin
     if not isinstance(output, nn.Linear):
         raise ValueError(f"{folder}: the head of {model.config.model_type} is {type(output).__name__}, not a linear layer")
     if output.weight.shape[0] < vocab_size:
-        raise ValueError(f"{folder}: the model has {output.weight.shape[0]} tokens but the tokenizer {vocab_size}; they do not belong together")
+        raise ValueError(
+            f"{folder}: {output.weight.shape[0]} tokens in the model, {vocab_size} in the tokenizer; they do not belong together"
+        )
     return output

@@ -2,8 +2,11 @@
 
 import math
 import multiprocessing
+import os
 import pickle
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +25,7 @@ from raykd.projection import Head
 from raykd.records import Batch, Rollout, Row, Scores, Source, Totals
 from raykd.weights import unpack
 
+ROOT = str(Path(__file__).parents[1])
 VOCAB, PADDED_VOCAB, TEACHER_WIDTH = 61, 64, 48
 OPTIMISER = Optimiser(learning_rate=3e-3, eps=1e-6, weight_decay=0.1, gradient_clip=0.5)
 LEARNING_RATES = (1e-3, 3e-3, 3e-3, 2e-3)
@@ -109,13 +113,21 @@ def oracle_loss(model: torch.nn.Module, row: Row, algorithm: Algorithm, totals: 
     student = logits[len(prompt) - 1 + first : -1].log_softmax(-1)
     scores, tokens = row.scores.row(row.index), torch.tensor(response)
     teacher = head(scores.hidden[first:]).log_softmax(-1) if algorithm.needs is Needs.DISTRIBUTION else None
-    shifted = {name: torch.cat([torch.zeros(first), x])[None] for name, x in algorithm.per_token(student, teacher, tokens[first:]).items()}
+    shifted = {
+        name: torch.cat([torch.zeros(first), x])[None]
+        for name, x in algorithm.per_token(student, teacher, tokens[first:]).items()
+    }
     mask = torch.arange(len(response))[None] >= first
     old = torch.tensor(row.rollout.student_logprobs)[None] * mask
     own = scores.logprobs[None] * mask
     behaviour = mixture_logprobs(old, own, row.rollout.teacher_share) * mask
     batch = Batch(
-        tokens=tokens[None] * mask, mask=mask, totals=totals, student_logprobs=old, teacher_logprobs=own, behaviour_logprobs=behaviour
+        tokens=tokens[None] * mask,
+        mask=mask,
+        totals=totals,
+        student_logprobs=old,
+        teacher_logprobs=own,
+        behaviour_logprobs=behaviour,
     )
     return algorithm.loss(shifted, batch)[0]
 
@@ -129,7 +141,9 @@ def oracle(folder: Path, tied: bool) -> tuple[list[float], dict[str, Tensor]]:
     model = AutoModelForCausalLM.from_pretrained(folder / f"student-{tied}").eval()
     losses = []
     for algorithm in ALGORITHMS:
-        adam = torch.optim.AdamW(model.parameters(), betas=OPTIMISER.betas, eps=OPTIMISER.eps, weight_decay=OPTIMISER.weight_decay)
+        adam = torch.optim.AdamW(
+            model.parameters(), betas=OPTIMISER.betas, eps=OPTIMISER.eps, weight_decay=OPTIMISER.weight_decay
+        )
         for step, learning_rate in enumerate(LEARNING_RATES):
             adam.param_groups[0]["lr"] = learning_rate
             terms = terms_of(algorithm, rows, step, rank=0, ranks=1)
@@ -186,9 +200,11 @@ def train_case(rank: int, ranks: int, stage: int, tied: bool, port: int, folder:
     found["skipped"], found["before"], found["after"] = nan_case(learner, rows, rank, ranks)
 
     learner.save(out / "checkpoints")
+    learner.save(out / "checkpoints")
     again = lambda: [learner.step(terms_of(MiniLLM(), rows, step, rank, ranks), 1e-3)["loss"] for step in range(3)]  # noqa: E731
     found["first"] = again()
     learner.restore(out / "checkpoints")
+    found["folders"] = sorted(path.name for path in (out / "checkpoints").glob("*") if path.is_dir())
     found["second"] = again()
     learner.close()
     if tied:
@@ -223,6 +239,21 @@ def bfloat16_case(stage: int, port: int, folder: Path) -> dict[str, Any]:
     skipped, before, after = nan_case(learner, rows, 0, 1)
     learner.close()
     return {"losses": losses, "skipped": skipped, "before": before, "after": after}
+
+
+def lonely_rank(rank: int, port: int, folder: Path, results: Any) -> None:
+    """Rank 1 dies before the step; rank 0 reports how its step ended."""
+    head, rows = all_rows()
+    config = LearnerConfig(ranks=2, zero_stage=2, dtype="float32", deadline_s=20)
+    learner = make_learner(rank, port, folder, config, False, head)
+    if rank == 1:
+        os._exit(1)
+    try:
+        learner.step(terms_of(KD(), rows, 0, rank, 2), 1e-3)
+    except RuntimeError as error:
+        results.put(str(error))
+    else:
+        results.put("")
 
 
 def wrong_head_case(port: int, folder: Path) -> str:
@@ -264,7 +295,8 @@ def runs(request: pytest.FixtureRequest, folder: Path) -> dict[int, Any]:
     context = multiprocessing.get_context("spawn")
     results, port = context.Queue(), free_port()
     processes = [
-        context.Process(target=run_rank, args=(rank, request.param, port, folder, results), daemon=True) for rank in range(request.param)
+        context.Process(target=run_rank, args=(rank, request.param, port, folder, results), daemon=True)
+        for rank in range(request.param)
     ]
     for process in processes:
         process.start()
@@ -309,7 +341,9 @@ def test_evaluation_after_a_step_sees_the_next_steps_loss(runs: dict[int, Any], 
 
 
 @each_case
-def test_published_and_saved_weights_are_those_of_a_plain_loop(runs: dict[int, Any], folder: Path, stage: int, tied: bool) -> None:
+def test_published_and_saved_weights_are_those_of_a_plain_loop(
+    runs: dict[int, Any], folder: Path, stage: int, tied: bool
+) -> None:
     from transformers import AutoModelForCausalLM
 
     _, expected = oracle(folder, tied)
@@ -329,6 +363,7 @@ def test_published_and_saved_weights_are_those_of_a_plain_loop(runs: dict[int, A
 def test_restoring_continues_with_identical_losses(runs: dict[int, Any], stage: int, tied: bool) -> None:
     for found in runs.values():
         assert found[stage, tied]["second"] == found[stage, tied]["first"]
+        assert found[stage, tied]["folders"] == ["checkpoint-1"]
         assert found[stage, tied].get("fresh", found[stage, tied]["first"]) == found[stage, tied]["first"]
 
 
@@ -357,3 +392,30 @@ def test_scores_of_another_head_are_refused(runs: dict[int, Any]) -> None:
     if len(runs) > 1:
         pytest.skip("runs with one rank")
     assert "could not be rebuilt" in runs[0]["wrong head"]
+
+
+@pytest.mark.stack
+def test_a_dead_peer_is_an_error(folder: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results, port = context.Queue(), free_port()
+    processes = [context.Process(target=lonely_rank, args=(rank, port, folder, results), daemon=True) for rank in range(2)]
+    for process in processes:
+        process.start()
+    try:
+        assert results.get(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_a_checkpoint_that_was_not_completed_is_not_restored(tmp_path: Path) -> None:
+    from raykd.learner import Learner
+
+    (tmp_path / "checkpoint-0").mkdir()
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        Learner.restore(object.__new__(Learner), tmp_path)
+
+
+def test_importing_the_learner_does_not_import_deepspeed() -> None:
+    code = "import sys, raykd.learner; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": ROOT}).returncode == 0
