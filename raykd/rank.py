@@ -1,0 +1,56 @@
+"""What a DeepSpeed rank is set up with: its process group and DeepSpeed's configuration."""
+
+import atexit
+import logging
+import os
+import warnings
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from raykd.experiment import LearnerConfig
+
+REDUCE_BUCKET = 50_000_000
+"""Gradient elements reduced at a time; the buffer is allocated whole."""
+
+
+def zero_stage(config: LearnerConfig) -> int:
+    """The stage DeepSpeed runs. Its stage 0 has neither float32 master weights nor offloading: these run as stage 1."""
+    return max(config.zero_stage, 1) if config.dtype == "bfloat16" or config.offload_optimiser else config.zero_stage
+
+
+def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
+    """DeepSpeed's own configuration. Accumulation, learning rate and, without ZeRO, clipping are the learner's."""
+    stage = zero_stage(config)
+    offload = {"offload_optimizer": {"device": "cpu"}} if config.offload_optimiser else {}
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0 if stage else 0.0,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET, **offload},
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def connect(rank: int, ranks: int, address: tuple[str, int], deadline_s: float) -> torch.device:
+    """Join the process group, once in a process; returns this rank's device."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls what torch has renamed: one warning for every collective.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    cuda = torch.cuda.is_available()
+    local_rank = rank % torch.cuda.device_count() if cuda else 0
+    os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if cuda else "cpu")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        store = f"tcp://{address[0]}:{address[1]}"
+        timeout = timedelta(seconds=deadline_s)
+        dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
+        atexit.register(dist.destroy_process_group)
+    return device

@@ -1,0 +1,100 @@
+"""The student module: architectures whose logits are more than a linear head, dropout, and padding."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, T5Config
+
+from raykd.algorithms import SFT
+from raykd.collate import collate
+from raykd.records import Rollout, Row, Source, Totals
+from raykd.student import Student
+
+VOCAB = 61
+LLAMA_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+}
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": LLAMA_LIKE,
+    "gemma2": {**LLAMA_LIKE, "head_dim": 8, "final_logit_softcapping": 0.5, "pad_token_id": 0},
+    "cohere": {**LLAMA_LIKE, "logit_scale": 0.25, "pad_token_id": 0},
+    "granite": {**LLAMA_LIKE, "logits_scaling": 8.0},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "vocab_size": VOCAB,
+        "resid_pdrop": 0.5,
+        "attn_pdrop": 0.5,
+        "embd_pdrop": 0.5,
+    },
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": VOCAB,
+        "dropout": 0.5,
+        "word_embed_proj_dim": 32,
+        "max_position_embeddings": 64,
+    },
+}
+
+
+def saved_model(folder: Path, kind: str, fields: dict[str, Any]) -> str:
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).save_pretrained(folder)
+    return str(folder)
+
+
+def make_student(folder: str) -> Student:
+    return Student(folder, dtype=torch.float32, vocab_size=VOCAB, chunk=4, teacher_head=None, activation_checkpointing=False)
+
+
+def sft_loss(student: Student, rows: list[Row], totals: Totals) -> float:
+    micro = collate(rows, SFT(), totals, fetch=lambda block: block, teacher_head=None, vocab_size=VOCAB, pad_id=0)
+    return float(student(micro=micro, algorithm=SFT())[0].detach())
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_the_loss_is_that_of_the_models_own_logits_whatever_the_padding(tmp_path: Path, kind: str) -> None:
+    folder = saved_model(tmp_path, kind, ARCHITECTURES[kind])
+    student = make_student(folder)
+    generator = torch.Generator().manual_seed(1)
+    ids = [tuple(torch.randint(1, VOCAB, (length,), generator=generator).tolist()) for length in (12, 5, 9)]
+    rows = [Row(rollout=Rollout(prompt_id="a", sample=0, prompt_tokens=x[:3], tokens=x[3:], source=Source.DATASET)) for x in ids]
+    totals = Totals.of(rows)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    with torch.no_grad():
+        logprobs = [model(torch.tensor([x])).logits[0].log_softmax(-1) for x in ids]
+    nll = -sum(
+        float(row[position - 1, x[position]]) for row, x in zip(logprobs, ids, strict=True) for position in range(3, len(x))
+    )
+    assert sft_loss(student, rows, totals) == pytest.approx(nll / totals.tokens, abs=1e-5)
+    assert sum(sft_loss(student, [row], totals) for row in rows) == pytest.approx(nll / totals.tokens, abs=1e-5)
+
+
+def test_an_architecture_that_does_more_to_its_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = saved_model(tmp_path, "granite", ARCHITECTURES["granite"])
+    monkeypatch.setattr("raykd.student.logit_scale_and_softcap", lambda config: (1.0, None))
+    with pytest.raises(ValueError, match="the logits of granite are not its linear head"):
+        make_student(folder)
+
+
+def test_an_encoder_decoder_model_is_refused(tmp_path: Path) -> None:
+    T5Config(vocab_size=VOCAB).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        make_student(str(tmp_path))
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
+    folder = saved_model(tmp_path, "llama", {**LLAMA_LIKE, "vocab_size": VOCAB - 1})
+    with pytest.raises(ValueError, match="60 tokens in the model, 61 in the tokenizer"):
+        make_student(folder)
