@@ -5,6 +5,7 @@ with a tenth of its parameters is then distilled from it: SFT on the data, then 
 A control gets the same number of SFT steps instead.
 """
 
+import os
 from pathlib import Path
 
 import quickstart_report
@@ -26,7 +27,7 @@ from raykd.experiment import (
 from raykd.prompts import Documents, Pairs
 from raykd.run import run
 
-WORK = Path("runs/quickstart-data")
+WORK = Path(os.environ.get("RAYKD_RUNS", "runs")) / "quickstart-data"
 SFT_STEPS, DISTIL_STEPS = 100, 48
 
 

@@ -15,6 +15,7 @@ from ray.actor import ActorHandle
 from raykd.algorithms.base import Needs
 from raykd.experiment import EngineConfig, LearnerConfig, Optimiser, TeacherConfig
 from raykd.records import Rollout
+from raykd.rollout.config import EngineSettings
 from raykd.weights import WeightUpdate
 
 
@@ -32,22 +33,9 @@ class ModelFacts:
     """Longest prompt and response together."""
     seed: int
 
-    def engine(self, config: EngineConfig) -> Any:
+    def engine(self, config: EngineConfig) -> EngineSettings:
         """A vLLM engine's settings for these models."""
-        from raykd.rollout.config import EngineConfig as EngineSettings
-
-        return EngineSettings(
-            max_length=self.max_length,
-            vocab_size=self.vocab_size,
-            seed=self.seed,
-            dtype=config.dtype,
-            tensor_parallel=config.tensor_parallel,
-            gpu_memory_utilization=config.memory,
-            cpu_kv_cache_gib=config.cpu_cache_gib,
-            max_num_seqs=config.max_sequences,
-            threads=config.threads,
-            deadline=config.deadline_s,
-        )
+        return EngineSettings(max_length=self.max_length, vocab_size=self.vocab_size, seed=self.seed, **config.model_dump())
 
 
 class _Replica:

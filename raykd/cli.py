@@ -12,6 +12,16 @@ from rich.console import Console
 from raykd.experiment import Experiment
 
 
+KEEP_BRANCHES = (tyro.conf.AvoidSubcommands,)
+"""Which algorithm a stage runs is written in the file; options change its fields."""
+
+
+ALSO = """
+
+Also: --resume RUN goes on with a run directory from its newest checkpoint; --scale NAME takes another size of the same run, where the
+file has some; --show prints the experiment as JSON and stops."""
+
+
 def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] | None = None) -> None:
     """Run ``experiment`` with any of its fields changed by options: ``--stages.0.steps 50``.
 
@@ -27,7 +37,8 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
             experiment = load_experiment(options.resume)
         elif options.scale is not None:
             experiment = (scales or {})[options.scale]()
-        experiment = tyro.cli(Experiment, default=experiment, args=rest, description=sys.modules["__main__"].__doc__)
+        about = (sys.modules["__main__"].__doc__ or "") + ALSO
+        experiment = tyro.cli(Experiment, default=experiment, args=rest, description=about, config=KEEP_BRANCHES)
         if options.show:
             console.print_json(experiment.model_dump_json())
             return
@@ -47,7 +58,7 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
 
 def _options(scales: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with this run directory from its newest checkpoint")
-    parser.add_argument("--scale", choices=scales, help="another size of the same run")
-    parser.add_argument("--show", action="store_true", help="print the experiment as JSON and stop")
+    parser.add_argument("--resume", type=Path, metavar="RUN")
+    parser.add_argument("--scale", choices=scales)
+    parser.add_argument("--show", action="store_true")
     return parser

@@ -3,6 +3,7 @@
 Workers never see an ``Experiment``; each gets its own small part of it.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -180,8 +181,9 @@ class Experiment(_Value):
     checkpoint_every: int = Field(0, ge=0)
     """Optimiser steps between checkpoints; 0 only at the end of each stage."""
     seed: int = Field(0, ge=0)
-    runs: Path = Path("runs")
-    """Folder of run directories; each run gets a new one in it."""
+    runs: Path = Field(default_factory=lambda: Path(os.environ.get("RAYKD_RUNS", "runs")))
+    """Folder of run directories, each run gets a new one in it. On several machines: storage that all of them see.
+    Defaults to the environment variable RAYKD_RUNS, else ``runs``."""
 
     @model_validator(mode="after")
     def _complete(self) -> Self:

@@ -7,12 +7,13 @@
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
@@ -30,7 +31,7 @@ class Fleet:
         self.name, self.actors, self.deadline_s = name, list(actors), deadline_s
         self.on_restart: Callable[[], None] = lambda: None
         """Called after replicas came back, before they get work: they start again with their initial weights."""
-        logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.ERROR)
+        logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)  # what it reports is handled here
         self._manager = FaultTolerantActorManager(self.actors)
 
     def map(self, method: str, calls: Sequence[dict[str, Any]]) -> list[Any]:
@@ -69,12 +70,20 @@ class Fleet:
         return results
 
     def _healthy(self) -> list[int]:
-        if self._manager.num_healthy_actors() < self._manager.num_actors():
-            restored = self._manager.probe_unhealthy_actors(timeout_seconds=START_DEADLINE_S, mark_healthy=True)
-            if restored:
+        """Replicas that can work now. Dead ones that Ray is restarting are waited for only when there is no other."""
+        deadline = time.monotonic() + START_DEADLINE_S
+        while unhealthy := sorted(set(self._manager.actor_ids()) - set(self._manager.healthy_actor_ids())):
+            answers = self._manager.foreach_actor(
+                "ping", healthy_only=False, remote_actor_ids=unhealthy, timeout_seconds=START_DEADLINE_S, mark_healthy=True
+            )
+            failures = [answer.get() for answer in answers if not answer.ok]
+            if len(failures) < len(unhealthy):
                 self.on_restart()
-        replicas = self._manager.healthy_actor_ids()
-        if not replicas:
+            restarting = any(isinstance(failure, ActorUnavailableError) for failure in failures)
+            if self._manager.healthy_actor_ids() or not restarting or time.monotonic() > deadline:
+                break
+            time.sleep(1.0)
+        if not (replicas := self._manager.healthy_actor_ids()):
             raise RuntimeError(f"{self.name} fleet: no replica is alive after {RESTARTS} restarts each; their logs say why")
         return replicas
 

@@ -6,6 +6,7 @@
 The driver passes the ``WeightUpdate`` on; it holds references and numbers, never a weight.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -63,7 +64,9 @@ def unpack(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
     if checksum(bucket.data) != bucket.checksum:
         names = ", ".join(entry[0] for entry in bucket.entries[:3])
         raise ValueError(f"weights arrived damaged: checksum of the bucket holding {names}, ... differs from the learner's; publish again")
-    flat = torch.frombuffer(bucket.data, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes: the views are read-only
+        flat = torch.frombuffer(bucket.data, dtype=torch.uint8)
     for name, dtype_name, shape, offset in bucket.entries:
         dtype: torch.dtype = getattr(torch, dtype_name)
         num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize

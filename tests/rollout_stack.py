@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from raykd.rollout.config import EngineConfig
+from raykd.rollout.config import EngineSettings
 from raykd.rollout.vllm_engine import VllmEngine
 from raykd.rollout.worker import RolloutWorker
 from raykd.weights import WeightUpdate, pack
@@ -63,9 +63,9 @@ def new_engine(model: str, **settings: Any) -> VllmEngine:
     return VllmEngine(model, engine_config(model).model_copy(update=settings), eos_of(model))
 
 
-def engine_config(model: str) -> EngineConfig:
+def engine_config(model: str) -> EngineSettings:
     vocab_size = TINY_VOCABULARY if "tiny" in model else 512
-    return EngineConfig(dtype="float32", max_length=256, vocab_size=vocab_size, cpu_kv_cache_gib=0.1)
+    return EngineSettings(dtype="float32", max_length=256, vocab_size=vocab_size, cpu_cache_gib=0.1)
 
 
 def eos_of(model: str) -> tuple[int, ...]:

@@ -19,8 +19,8 @@ LAUNCHERS = ["aws.yaml", "gcp.yaml"]
 # Fields of the ray.io/v1 API, and the few of Kubernetes' own in use; from KubeRay's API reference, version 1.6.
 FIELDS = {
     "RayJob": "apiVersion kind metadata spec",
-    "RayJobSpec": "activeDeadlineSeconds backoffLimit rayClusterSpec submitterPodTemplate metadata clusterSelector submitterConfig "
-    "managedBy deletionStrategy entrypoint runtimeEnvYAML jobId submissionMode entrypointResources "
+    "RayJobSpec": "activeDeadlineSeconds backoffLimit rayClusterSpec submitterPodTemplate metadata clusterSelector "
+    "submitterConfig managedBy deletionStrategy entrypoint runtimeEnvYAML jobId submissionMode entrypointResources "
     "entrypointNumCpus entrypointNumGpus ttlSecondsAfterFinished shutdownAfterJobFinishes suspend",
     "RayClusterSpec": "authOptions suspend managedBy autoscalerOptions headServiceAnnotations enableInTreeAutoscaling "
     "gcsFaultToleranceOptions headGroupSpec rayVersion workerGroupSpecs",

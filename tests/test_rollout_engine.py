@@ -170,8 +170,8 @@ def test_an_incomplete_update_stops_the_engine_and_every_caller_learns_why():
 
 
 def test_a_late_answer_is_an_error_and_frees_its_place():
-    engine = new_engine(folder("tiny-q"), deadline=1e-4)
-    with pytest.raises(TimeoutError, match="raise deadline"):
+    engine = new_engine(folder("tiny-q"), deadline_s=1e-4)
+    with pytest.raises(TimeoutError, match="raise deadline_s"):
         wait(engine.complete([1, 2], 200, seed=0))
     assert engine._thread.exclusive(lambda vllm: vllm.get_num_unfinished_requests()).result(timeout=60) == 0
     engine.close()

@@ -1,6 +1,6 @@
 """Responses written by the student, the teacher or both, on vLLM."""
 
-from raykd.rollout.config import EngineConfig
+from raykd.rollout.config import EngineSettings
 from raykd.rollout.requests import GenerationRequest
 
-__all__ = ["EngineConfig", "GenerationRequest"]
+__all__ = ["EngineSettings", "GenerationRequest"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from raykd.rollout.config import EngineConfig
+from raykd.rollout.config import EngineSettings
 from raykd.rollout.engine_thread import EngineThread
 from raykd.rollout.requests import Completion
 from raykd.weights import Bucket, WeightUpdate, unpack
@@ -31,7 +31,7 @@ class VllmEngine:
     its prompt, weights and seed alone; other requests of a batch can only change the rounding of its logits.
     """
 
-    def __init__(self, model: str, config: EngineConfig, eos_token_ids: Sequence[int]) -> None:
+    def __init__(self, model: str, config: EngineSettings, eos_token_ids: Sequence[int]) -> None:
         self._config = config
         self._eos_token_ids = list(eos_token_ids)
         self._thread = EngineThread(lambda: start_engine(model, config))
@@ -110,10 +110,10 @@ class VllmEngine:
 
     async def _answer(self, future: Future[Any], what: str) -> Any:
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(future), self._config.deadline)
+            return await asyncio.wait_for(asyncio.wrap_future(future), self._config.deadline_s)
         except TimeoutError:
             raise TimeoutError(
-                f"vLLM gave no answer to {what} within {self._config.deadline:g} s; raise deadline or use more replicas"
+                f"vLLM gave no answer to {what} within {self._config.deadline_s:g} s; raise deadline_s or use more replicas"
             ) from None
 
     def _check(self, tokens: Sequence[int], length: int) -> None:
@@ -126,7 +126,7 @@ class VllmEngine:
             )
 
 
-def start_engine(model: str, config: EngineConfig) -> "LLMEngine":
+def start_engine(model: str, config: EngineSettings) -> "LLMEngine":
     """Start vLLM in the calling thread; tensor-parallel workers get processes of their own."""
     defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     for name, value in defaults.items():
@@ -143,7 +143,7 @@ def start_engine(model: str, config: EngineConfig) -> "LLMEngine":
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # replicas share the cores as the scheduler sees fit
         os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))  # for tensor-parallel workers
         _set_num_threads(config.threads)
-        kv_cache_bytes = int(config.cpu_kv_cache_gib * 2**30)
+        kv_cache_bytes = int(config.cpu_cache_gib * 2**30)
         on_cpu = {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE, "kv_cache_memory_bytes": kv_cache_bytes}
     arguments = EngineArgs(
         model=model,
@@ -152,11 +152,11 @@ def start_engine(model: str, config: EngineConfig) -> "LLMEngine":
         hf_overrides={"head_dtype": "float32"},  # log-probs as exact as the learner's, whatever the dtype of the layers
         dtype=config.dtype,
         max_model_len=config.max_length,
-        max_num_seqs=config.max_num_seqs,
+        max_num_seqs=config.max_sequences,
         seed=config.seed,
         tensor_parallel_size=config.tensor_parallel,
         distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
-        gpu_memory_utilization=config.gpu_memory_utilization,
+        gpu_memory_utilization=config.memory,
         enable_prefix_caching=True,
         logprobs_mode="raw_logprobs",
         disable_log_stats=True,

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from raykd.records import Rollout, Source
-from raykd.rollout.config import EngineConfig
+from raykd.rollout.config import EngineSettings
 from raykd.rollout.mixing import mixed_response
 from raykd.rollout.requests import GenerationRequest, Writer, derive_seed
 from raykd.rollout.vllm_engine import VllmEngine, fetch_buckets
@@ -19,7 +19,7 @@ class RolloutWorker:
     ``load`` waits until the responses in progress are written, and later ``generate`` calls wait for it.
     """
 
-    def __init__(self, model: str, config: EngineConfig, eos_token_ids: Sequence[int], version: int = 0) -> None:
+    def __init__(self, model: str, config: EngineSettings, eos_token_ids: Sequence[int], version: int = 0) -> None:
         self.version = version
         self._seed = config.seed
         self.engine = VllmEngine(model, config, eos_token_ids)

@@ -1,0 +1,112 @@
+"""Bad input gets one sentence naming field, value and remedy, before any actor starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+from standard_library_text import text
+from transformers import PreTrainedTokenizerFast
+
+from raykd import cli
+from raykd.algorithms import KD, SFT
+from raykd.experiment import EvaluationConfig, Experiment, LearnerConfig, Model, Stage
+from raykd.prompts import Pairs
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "max_position_embeddings": 64,
+}
+
+
+def experiment(runs: Path) -> Experiment:
+    student = Model(path=str(text().tokenizer_path), scratch=LLAMA)
+    return Experiment(
+        name="bad-input",
+        student=student,
+        teacher=student,
+        data=Pairs(path=str(text().pairs), limit=20),
+        stages=(Stage(algorithm=KD(), steps=1, batch_size=4),),
+        max_prompt=32,
+        max_response=16,
+        learner=LearnerConfig(dtype="float32"),
+        evaluation=EvaluationConfig(prompts=2),
+        runs=runs,
+    )
+
+
+def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, base: Experiment, *options: str) -> str:
+    """What a user reads, on one line; the command must exit with 2 and leave no run directory."""
+    monkeypatch.setattr("sys.argv", ["experiment.py", *options])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(base)
+    assert stopped.value.code == 2
+    assert not list(base.runs.glob("bad-input*"))
+    captured = capsys.readouterr()
+    return " ".join((captured.out + captured.err).split())
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def other_tokenizer(folder: Path) -> str:
+    from tokenizers import ByteLevelBPETokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["other words"], vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return str(folder)
+
+
+def test_bad_input_is_named_with_its_field_and_a_remedy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    base = experiment(tmp_path / "runs")
+    empty = write(tmp_path / "empty.jsonl", [])
+    unnamed = write(tmp_path / "unnamed.jsonl", [{"prompt": "a", "response": "b"}, {"question": "c", "response": "d"}])
+    few = write(tmp_path / "few.jsonl", [{"prompt": "a", "response": "b"}])
+    cases = {
+        ("--teacher.path", "./no/such/model"): ["teacher.path ./no/such/model", "no such folder", "give a Hugging Face model folder"],
+        ("--data.path", "./missing.jsonl"): ["data file ./missing.jsonl does not exist", "give the path of a file"],
+        ("--data.path", empty): [empty, "is empty"],
+        ("--data.path", unnamed): ["unnamed.jsonl, row 2: no field 'prompt'", "question, response", "name the right fields"],
+        ("--data.path", few): ["gives 1 prompts, evaluation.prompts holds out 2", "hold out fewer"],
+        ("--teacher.path", other_tokenizer(tmp_path / "other")): ["different tokenizers", "choose a pair that shares one"],
+        ("--max-response", "40"): ["max_prompt 32 + max_response 40 = 72", "at most 64", "lower one"],
+        ("--learner.ranks", "9"): ["learner.ranks 9 is more than the smallest batch_size", "use fewer ranks"],
+        ("--stages.0.steps", "0"): ["stages.0", "steps", "greater than or equal to 1"],
+        ("--stepps", "3"): ["--stepps"],
+    }
+    for options, expected in cases.items():
+        said = complaint(capsys, monkeypatch, base, *options)
+        for part in expected:
+            assert part in said, f"{options}: {said}"
+
+
+@pytest.mark.stack
+def test_more_gpus_than_the_cluster_has_are_refused_before_any_actor_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    said = complaint(capsys, monkeypatch, experiment(tmp_path / "runs"), "--learner.gpus", "64")
+    assert "asks for 64 GPUs" in said and "lower them or add nodes" in said
+
+
+def test_show_prints_the_experiment_with_the_options_applied(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("sys.argv", ["experiment.py", "--show", "--stages.0.steps", "7", "--learner.zero-stage", "3"])
+    cli.main(experiment(tmp_path))
+    shown = Experiment.model_validate_json(capsys.readouterr().out)
+    assert shown.stages[0].steps == 7 and shown.learner.zero_stage == 3
+
+
+def test_a_scale_replaces_the_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("sys.argv", ["experiment.py", "--scale", "tiny", "--show"])
+    tiny = experiment(tmp_path).model_copy(update={"name": "tiny", "stages": (Stage(algorithm=SFT(), steps=1),)})
+    cli.main(experiment(tmp_path), scales={"tiny": lambda: tiny})
+    assert Experiment.model_validate_json(capsys.readouterr().out) == tiny

@@ -1,0 +1,64 @@
+"""Impossible settings cannot be written, and an experiment survives JSON."""
+
+import pytest
+from pydantic import ValidationError
+
+from raykd.algorithms import GKD, KD, SFT, MiniLLM
+from raykd.experiment import Experiment, LearnerConfig, Model, Optimiser, RolloutConfig, Stage, TeacherConfig
+from raykd.prompts import Documents, Pairs
+from raykd.train import learning_rate
+
+STUDENT, TEACHER = Model(path="student"), Model(path="teacher")
+
+
+def experiment(**changes: object) -> Experiment:
+    fields = {"name": "x", "student": STUDENT, "data": Pairs(path="x.jsonl"), "stages": (Stage(algorithm=SFT(), steps=1),)}
+    return Experiment.model_validate(fields | changes)
+
+
+def test_json_keeps_every_field():
+    stages = (Stage(algorithm=SFT(), steps=3), Stage(algorithm=MiniLLM(teacher_share=0.1), steps=4))
+    original = experiment(teacher=TEACHER, text=Documents(path="t.txt"), stages=stages)
+    assert Experiment.model_validate_json(original.model_dump_json()) == original
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages": (Stage(algorithm=KD(), steps=1),)}, "stages.0: KD needs a teacher"),
+        ({"stages": (Stage(algorithm=MiniLLM(), steps=1),), "teacher": TEACHER}, "text is not set"),
+        ({"data": Pairs(path="x", response=None)}, "data.response is not set"),
+        ({"learner": LearnerConfig(ranks=65)}, "learner.ranks 65 is more than the smallest batch_size"),
+        ({"stages": ()}, "at least 1 item"),
+        ({"name": "../x"}, "name"),
+        ({"unheard_of": 1}, "unheard_of"),
+    ],
+)
+def test_what_cannot_work_is_refused(changes: dict[str, object], message: str):
+    with pytest.raises(ValidationError, match=message):
+        experiment(**changes)
+
+
+def test_rollouts_that_would_never_be_learned_from_are_refused():
+    with pytest.raises(ValidationError, match="no multiple of batch_size"):
+        Stage(algorithm=MiniLLM(rollouts=100), steps=1, batch_size=64)
+    with pytest.raises(ValidationError, match="samples_per_prompt 3 does not divide"):
+        Stage(algorithm=GKD(), steps=1, batch_size=8, samples_per_prompt=3)
+
+
+def test_the_gpus_of_all_fleets_add_up():
+    asked = experiment(
+        teacher=TEACHER,
+        rollout=RolloutConfig(replicas=2, gpus=1),
+        teachers=TeacherConfig(replicas=3, gpus=2),
+        learner=LearnerConfig(ranks=4, gpus=1),
+    )
+    assert asked.gpus() == 2 + 6 + 4
+
+
+def test_the_learning_rate_follows_its_schedule():
+    cosine = Optimiser(learning_rate=1.0, learning_rate_min=0.2, schedule="cosine", warmup_steps=2)
+    assert [learning_rate(cosine, step, 6) for step in range(6)] == pytest.approx([0.5, 1.0, 1.0, 0.88284271, 0.6, 0.31715729])
+    linear = Optimiser(learning_rate=1.0, schedule="linear")
+    assert [learning_rate(linear, step, 4) for step in range(4)] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+    assert learning_rate(Optimiser(learning_rate=0.3), 17, 20) == 0.3

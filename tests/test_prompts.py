@@ -1,0 +1,116 @@
+"""Data becomes ids once: templates, boundaries, lengths, packing, and a stream that resumes."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+from standard_library_text import text
+
+from raykd.prompts import (
+    ALPACA_WITH_INPUT,
+    ALPACA_WITHOUT_INPUT,
+    Documents,
+    Pairs,
+    PromptStream,
+    pack_text,
+    read_rows,
+    tokenise_documents,
+    tokenise_pairs,
+)
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_response_continues_its_prompt_and_ends_with_eos():
+    tokenizer = text().tokenizer
+    rows = [{"prompt": "os: def remove(path)\n", "response": "Remove a file."}]
+    (prompt,) = tokenise_pairs(rows, Pairs(path="x.jsonl"), tokenizer, max_prompt=64, max_response=64)
+    assert prompt.tokens == tuple(tokenizer(rows[0]["prompt"])["input_ids"])
+    assert tokenizer.decode(prompt.response[:-1]) == "Remove a file."
+    assert prompt.response[-1] == tokenizer.eos_token_id and prompt.finished
+    assert prompt.id == "x.jsonl:0"
+
+
+def test_a_cut_response_has_no_eos_and_is_not_finished():
+    rows = [{"prompt": "a\n", "response": "one two three four five six seven"}]
+    (prompt,) = tokenise_pairs(rows, Pairs(path="x"), text().tokenizer, max_prompt=8, max_response=3)
+    assert len(prompt.response) == 3 and not prompt.finished
+    assert text().tokenizer.eos_token_id not in prompt.response
+
+
+def test_prompts_that_are_too_long_are_left_out_and_the_others_keep_their_names():
+    rows = [{"prompt": "word " * 50, "response": "x"}, {"prompt": "a", "response": "x"}]
+    (prompt,) = tokenise_pairs(rows, Pairs(path="x"), text().tokenizer, max_prompt=8, max_response=8)
+    assert prompt.id == "x:1"
+    with pytest.raises(ValueError, match="no prompt has at most max_prompt=2 tokens"):
+        tokenise_pairs(rows[:1], Pairs(path="x"), text().tokenizer, max_prompt=2, max_response=8)
+
+
+@pytest.mark.parametrize(("context", "expected"), [("", "### Response:\n"), ("some", "### Input:\nsome")])
+def test_the_template_without_input_serves_rows_whose_optional_field_is_empty(context: str, expected: str):
+    source = Pairs(path="x", prompt=ALPACA_WITH_INPUT.replace("{input}", "{context}"), prompt_without_input=ALPACA_WITHOUT_INPUT)
+    rows = [{"instruction": "Do it.", "context": context, "response": "Done."}]
+    (prompt,) = tokenise_pairs(rows, source, text().tokenizer, max_prompt=512, max_response=8)
+    decoded = text().tokenizer.decode(prompt.tokens)
+    assert expected in decoded and ("### Input" in decoded) == bool(context)
+
+
+def test_a_missing_field_is_named_with_file_and_row():
+    rows = [{"prompt": "a", "response": "b"}, {"question": "a", "response": "b"}]
+    with pytest.raises(ValueError, match=r"x\.jsonl, row 2: no field 'prompt' \(the row has question, response\)"):
+        tokenise_pairs(rows, Pairs(path="x.jsonl"), text().tokenizer, max_prompt=8, max_response=8)
+
+
+def test_files_are_read_whatever_their_form(tmp_path: Path):
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": "d"}]
+    plain = write(tmp_path / "a.jsonl", rows)
+    zipped = tmp_path / "a.jsonl.gz"
+    zipped.write_bytes(gzip.compress(plain.read_bytes()))
+    assert read_rows(Pairs(path=str(plain))) == read_rows(Pairs(path=str(zipped))) == rows
+    assert read_rows(Pairs(path=str(plain), limit=1)) == rows[:1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("missing.jsonl", None, "does not exist"), ("empty.jsonl", "", "is empty"), ("data.xyz", "x", "cannot read .xyz")],
+)
+def test_data_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: str | None, message: str):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        read_rows(Pairs(path=str(tmp_path / name)))
+    assert name in str(error.value)
+
+
+def test_a_document_is_split_into_prompt_and_continuation():
+    tokenizer = text().tokenizer
+    whole = "Return the absolute value of the argument, whatever it is."
+    (prompt,) = tokenise_documents([{"text": whole}, {"text": "a"}], Documents(path="d", prompt_tokens=4), tokenizer, max_response=64)
+    assert len(prompt.tokens) == 4
+    assert tokenizer.decode(prompt.tokens + prompt.response[:-1]) == whole
+
+
+def test_plain_text_is_packed_without_losing_or_repeating_a_token():
+    tokenizer = text().tokenizer
+    rows = [{"text": "one two three"}, {"text": "four five six seven eight nine ten"}]
+    chunks = pack_text(rows, Documents(path="d"), tokenizer, length=4)
+    joined = [token for chunk in chunks for token in chunk.tokens + chunk.response]
+    eos = tokenizer.eos_token_id
+    expected = [token for row in rows for token in [*tokenizer(row["text"])["input_ids"], eos]]
+    assert joined == expected[: len(joined)] and 0 <= len(expected) - len(joined) < 4
+    with pytest.raises(ValueError, match="fewer than one chunk"):
+        pack_text(rows, Documents(path="d"), tokenizer, length=1000)
+
+
+def test_a_stream_shuffles_every_pass_and_resumes_from_two_integers():
+    stream = PromptStream(list(range(10)), seed=3)
+    first, second = stream.take(10), stream.take(10)
+    assert sorted(first) == sorted(second) == list(range(10)) and first != second
+    stream.take(4)
+    resumed = PromptStream(list(range(10)), seed=3)
+    resumed.restore(stream.state())
+    assert resumed.take(25) == stream.take(25)

@@ -1,0 +1,277 @@
+"""The main job on the real stack: Ray, vLLM, DeepSpeed; two replicas of each fleet, two learner ranks."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from rich.console import Console
+from standard_library_text import text
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from raykd.actors import ModelFacts
+from raykd.algorithms import GKD, KD, SFT, MiniLLM
+from raykd.algorithms.base import Needs
+from raykd.algorithms.gkd import ReverseKL
+from raykd.experiment import (
+    EngineConfig,
+    EvaluationConfig,
+    Experiment,
+    LearnerConfig,
+    Model,
+    Optimiser,
+    RolloutConfig,
+    Stage,
+    TeacherConfig,
+    TrackingConfig,
+)
+from raykd.prompts import Documents, Pairs, PromptStream, read_rows, tokenise_pairs
+from raykd.records import Prompt, Source
+from raykd.run import Result, connect, run
+from raykd.weights import unpack
+from raykd.workers import Term, Workers, dataset_rollouts, unscored
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+
+MAX_PROMPT, MAX_RESPONSE = 40, 24
+ON_CPU = EngineConfig(dtype="float32", cpu_cache_gib=0.25)
+
+
+def llama(hidden: int) -> dict[str, object]:
+    return {
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": 1,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": hidden // 32,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": True,
+    }
+
+
+def prompts() -> list[Prompt]:
+    source = Pairs(path=str(text().pairs))
+    return tokenise_pairs(read_rows(source), source, text().tokenizer, max_prompt=MAX_PROMPT, max_response=MAX_RESPONSE)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Llama that has learned something, by a plain PyTorch loop."""
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    tokenizer, stream = text().tokenizer, PromptStream(prompts(), seed=0)
+    config = LlamaConfig(**{**llama(64), "vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id})
+    model = LlamaForCausalLM(config)
+    adam = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        rows = [torch.tensor(prompt.tokens + prompt.response) for prompt in stream.take(16)]
+        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+        logits = model(ids.clamp(min=0)).logits
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    folder = tmp_path_factory.mktemp("teacher")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def experiment(teacher: Path, runs: Path) -> Experiment:
+    fast = Optimiser(learning_rate=5e-3)
+    return Experiment(
+        name="end-to-end",
+        teacher=Model(path=str(teacher)),
+        student=Model(path=str(teacher), scratch=llama(32)),
+        data=Pairs(path=str(text().pairs)),
+        text=Documents(path=str(text().texts)),
+        text_length=48,
+        stages=(
+            Stage(algorithm=SFT(), steps=12, batch_size=16, optimiser=fast),
+            Stage(algorithm=KD(), steps=4, batch_size=16, optimiser=fast),
+            Stage(algorithm=GKD(divergence=ReverseKL()), steps=4, batch_size=16, samples_per_prompt=2, optimiser=fast),
+            Stage(algorithm=MiniLLM(rollouts=32, epochs=2), steps=8, batch_size=16, optimiser=fast),
+        ),
+        max_prompt=MAX_PROMPT,
+        max_response=MAX_RESPONSE,
+        rollout=RolloutConfig(replicas=2, engine=ON_CPU),
+        teachers=TeacherConfig(replicas=2, dtype="float32", engine=ON_CPU),
+        learner=LearnerConfig(ranks=2, dtype="float32", micro_batch=8, zero_stage=2),
+        evaluation=EvaluationConfig(prompts=24),
+        runs=runs,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """One whole run: four stages, four algorithms, the same loop, fleets and learner."""
+    return run(experiment(teacher, tmp_path_factory.mktemp("runs")), console=Console(quiet=True))
+
+
+def lines(result: Result) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_student_improves(finished: Result):
+    assert finished.after["reverse_kl"] < 0.8 * finished.before["reverse_kl"]
+    assert finished.after["forward_kl"] < 0.8 * finished.before["forward_kl"]
+    assert finished.after["loss"] < finished.before["loss"] - 0.5
+    assert finished.after["response_length"] > 3
+
+
+def test_every_step_leaves_a_line_of_finite_numbers(finished: Result):
+    steps = [line for line in lines(finished) if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 29))
+    assert all(math.isfinite(value) for line in steps for value in line.values())
+    assert all(line["skipped"] == 0 and line["grad_norm"] > 0 for line in steps)
+
+
+def test_only_the_sampling_stages_sample_and_a_phase_is_written_before_it_is_learned_from(finished: Result):
+    steps = {line["step"]: line for line in lines(finished) if "loss" in line}
+    assert [step for step, line in steps.items() if "tokens/generate" in line] == [17, 18, 19, 20, 21, 25]
+    assert [steps[step]["staleness"] for step in (17, 20, 21, 22, 23, 24, 25)] == [0, 0, 0, 1, 2, 3, 0]
+    assert [steps[step]["dataset_share"] for step in (1, 13, 17, 21)] == [1, 1, 0, 0]
+
+
+def test_teacher_mixed_responses_are_weighted_by_their_law(finished: Result):
+    first = next(line for line in lines(finished) if line["step"] == 21 and "loss" in line)
+    # On the policy that wrote them, E[q / mixture] = 1 exactly, and the weight never exceeds 1 / (1 - 0.2).
+    assert first["importance_weight"] == pytest.approx(1.0, abs=0.1)
+    assert first["importance_weight_squared"] > first["importance_weight"] ** 2 + 1e-4
+
+
+def test_the_run_directory_holds_everything(finished: Result):
+    described = json.loads((finished.folder / "experiment.json").read_text())
+    assert Experiment.model_validate(described["experiment"]).name == "end-to-end"
+    assert described["libraries"]["ray"] and described["libraries"]["torch"]
+    assert list(finished.folder.glob("wandb/offline-run-*/*.wandb"))
+    newest = sorted((finished.folder / "checkpoints").iterdir())[-1]
+    assert newest.name == "step-000028" and (newest / "driver.json").is_file() and (newest / "replay.pkl").is_file()
+
+
+def test_transformers_loads_the_student(finished: Result):
+    model = AutoModelForCausalLM.from_pretrained(finished.student)
+    given = [prompt for prompt in prompts() if prompt.response][:8]
+    losses = []
+    for prompt in given:
+        ids = torch.tensor([prompt.tokens + prompt.response])
+        logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+        losses.append(-logprobs[len(prompt.tokens) - 1 :].gather(1, ids[0, len(prompt.tokens) :, None]).mean())
+    assert torch.stack(losses).mean() < finished.before["loss"] - 0.5
+
+
+def test_a_finished_run_is_resumed_at_its_end_and_a_second_run_gets_its_own_directory(finished: Result, teacher: Path):
+    short = experiment(teacher, finished.folder.parent).model_copy(
+        update={
+            "stages": (Stage(algorithm=SFT(), steps=2, batch_size=16), Stage(algorithm=KD(), steps=2, batch_size=16)),
+            "rollout": RolloutConfig(engine=ON_CPU),
+            "teachers": TeacherConfig(dtype="float32", engine=ON_CPU),
+            "learner": LearnerConfig(dtype="float32"),
+            "evaluation": EvaluationConfig(prompts=0),
+            "tracking": TrackingConfig(wandb=False),
+        }
+    )
+    console = Console(quiet=True)
+    whole = run(short, console=console)
+    assert whole.folder.name == "end-to-end-2"
+    # Interrupted after the first stage: the checkpoint of the second is taken away, then the run goes on.
+    newest = sorted((whole.folder / "checkpoints").iterdir())[-1]
+    newest.rename(whole.folder / "gone")
+    before = [line["loss"] for line in lines(whole)]
+    run(short, resume=whole.folder, console=console)
+    assert [line["loss"] for line in lines(whole)][4:] == pytest.approx(before[2:], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def self_distillation(teacher: Path, finished: Result, tmp_path_factory: pytest.TempPathFactory):
+    """Workers whose teacher IS the student's initial model: every log-prob has three independent witnesses."""
+    same = experiment(teacher, tmp_path_factory.mktemp("runs")).model_copy(
+        update={
+            "student": Model(path=str(teacher)),
+            "rollout": RolloutConfig(replicas=1, engine=ON_CPU),
+            "teachers": TeacherConfig(replicas=1, dtype="float32", engine=ON_CPU),
+            "learner": LearnerConfig(ranks=2, dtype="float32", micro_batch=8, zero_stage=3),
+        }
+    )
+    connect(same)
+    tokenizer = text().tokenizer
+    facts = ModelFacts(
+        student=str(teacher),
+        teacher=str(teacher),
+        vocab_size=len(tokenizer),
+        eos_ids=(int(tokenizer.eos_token_id),),
+        max_length=same.max_length,
+        seed=0,
+    )
+    workers = Workers(same, facts)
+    yield workers
+    workers.close()
+
+
+def nll(workers: Workers, rollouts: list) -> float:
+    """The learner's own -log q, mean over tokens."""
+    return workers.evaluate([Term(algorithm=SFT(), rows=unscored(rollouts))])["loss"]
+
+
+def test_rollout_learner_and_teacher_agree_on_the_same_ids(self_distillation: Workers):
+    workers = self_distillation
+    for share in (0.0, 0.3):
+        rollouts = workers.generate(prompts()[:24], samples=2, teacher_share=share, max_tokens=MAX_RESPONSE, salt=1)
+        assert {rollout.source for rollout in rollouts} == {Source.MIXED if share else Source.STUDENT}
+        count = sum(len(rollout.tokens) for rollout in rollouts)
+        engine = -sum(sum(rollout.student_logprobs or ()) for rollout in rollouts) / count
+        rows = workers.score(rollouts, Needs.DISTRIBUTION)
+        blocks = {row.scores: ray.get(row.scores) for row in rows}
+        for row in rows:  # token by token: the rollout engine against the teacher's prefill
+            recorded = torch.tensor(row.rollout.student_logprobs)
+            torch.testing.assert_close(recorded, blocks[row.scores].row(row.index).logprobs, atol=1e-4, rtol=1e-4)
+        assert nll(workers, rollouts) == pytest.approx(engine, abs=1e-5)
+        divergence = workers.evaluate([Term(algorithm=GKD(divergence=ReverseKL()), rows=rows)])["loss"]
+        assert divergence == pytest.approx(0.0, abs=1e-6)
+
+
+def test_after_a_step_the_published_weights_are_the_learners_and_the_engine_follows_them(
+    self_distillation: Workers, tmp_path: Path
+):
+    workers = self_distillation
+    rows = unscored(dataset_rollouts(prompts()[:16]))
+    workers.begin(Optimiser(learning_rate=5e-3))
+    for _ in range(3):
+        workers.step([Term(algorithm=SFT(), rows=rows)], 5e-3)
+    rollouts = workers.generate(prompts()[:24], samples=1, teacher_share=0.0, max_tokens=MAX_RESPONSE, salt=2)
+    assert {rollout.version for rollout in rollouts} == {workers.version} == {3}
+    count = sum(len(rollout.tokens) for rollout in rollouts)
+    engine = -sum(sum(rollout.student_logprobs or ()) for rollout in rollouts) / count
+    assert nll(workers, rollouts) == pytest.approx(engine, abs=1e-5)
+
+    workers.save_student(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert workers._update is not None
+    published = {name: tensor for bucket in workers._update.buckets for name, tensor in unpack(ray.get(bucket))}
+    expected = {name: tensor for name, tensor in saved.state_dict().items() if name != "lm_head.weight"}  # tied
+    assert set(published) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(published[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+    # Hugging Face agrees with what the engine recorded, token by token.
+    for rollout in rollouts[:8]:
+        ids = torch.tensor([rollout.prompt_tokens + rollout.tokens])
+        logprobs = saved(ids).logits[0, len(rollout.prompt_tokens) - 1 : -1].log_softmax(-1)
+        chosen = logprobs.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(rollout.student_logprobs), chosen, atol=1e-4, rtol=1e-4)
+
+
+def test_a_replica_that_dies_comes_back_with_the_newest_weights_and_no_prompt_is_lost(self_distillation: Workers):
+    workers = self_distillation
+    assert workers.rollouts is not None
+    ray.kill(workers.rollouts.actors[0], no_restart=False)
+    asked = prompts()[:24]
+    rollouts = workers.generate(asked, samples=1, teacher_share=0.0, max_tokens=MAX_RESPONSE, salt=3)
+    assert [rollout.prompt_id for rollout in rollouts] == [prompt.id for prompt in asked]
+    count = sum(len(rollout.tokens) for rollout in rollouts)
+    engine = -sum(sum(rollout.student_logprobs or ()) for rollout in rollouts) / count
+    assert nll(workers, rollouts) == pytest.approx(engine, abs=1e-5)
