@@ -70,27 +70,27 @@ EXPERIMENT = Experiment(
 
 
 def tiny() -> Experiment:
-    """The same run at toy size, on text that every machine has."""
-    import standard_library
+    """The same run at toy size, on a language that every machine can write."""
+    import spoken_dates
 
-    pairs, texts, tokenizer = standard_library.write(Path(tempfile.gettempdir()) / "raykd-standard-library", limit=600)
+    language = spoken_dates.write(Path(tempfile.mkdtemp(prefix="raykd-")), rows=600)
     sft, minillm = EXPERIMENT.stages
     on_cpu = EngineConfig(dtype="float32", cpu_cache_gib=0.25)
 
     def llama(hidden: int, layers: int) -> Model:
         shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers, "num_attention_heads": hidden // 32}
         fixed = {"model_type": "llama", "max_position_embeddings": 128, "tie_word_embeddings": False}
-        return Model(path=str(tokenizer), scratch=fixed | shape)
+        return Model(path=str(language.tokenizer), scratch=fixed | shape)
 
     return EXPERIMENT.model_copy(
         update={
             "name": "minillm-llama-tiny",
             "teacher": llama(64, 2),
             "student": llama(32, 1),
-            "data": Pairs(path=str(pairs)),
-            "text": Documents(path=str(texts)),
-            "text_length": 48,
-            "max_prompt": 32,
+            "data": Pairs(path=str(language.pairs)),
+            "text": Documents(path=str(language.texts)),
+            "text_length": 40,
+            "max_prompt": 24,
             "max_response": 16,
             "stages": (
                 sft.model_copy(update={"steps": 2, "batch_size": 8}),

@@ -1,15 +1,15 @@
 """The whole system in minutes on a laptop: no network, no account, no data to bring.
 
-A small Llama learns to write the summary line of a function from its signature (Python's own standard library). A student
-with a tenth of its parameters is then distilled from it: SFT on the data, then MiniLLM on teacher-mixed responses.
-A control gets the same number of SFT steps instead.
+A small Llama learns to say dates and times in English (spoken_dates.py); every moment has several right answers, and every
+answer can be checked. A student a fifth of its size is then distilled from it: SFT on the data, then MiniLLM on
+teacher-mixed responses. A control gets the same number of SFT steps instead.
 """
 
 import os
 from pathlib import Path
 
 import quickstart_report
-import standard_library
+import spoken_dates
 from rich.console import Console
 
 from raykd.algorithms import SFT, MiniLLM
@@ -28,63 +28,67 @@ from raykd.prompts import Documents, Pairs
 from raykd.run import run
 
 WORK = Path(os.environ.get("RAYKD_RUNS", "runs")) / "quickstart-data"
-SFT_STEPS, DISTIL_STEPS = 100, 48
+TEACHER_STEPS, SFT_STEPS, DISTIL_STEPS = 700, 200, 128
 
 
-def llama(hidden: int, layers: int, heads: int) -> dict[str, object]:
-    """A small Llama's architecture."""
+def llama(hidden: int, layers: int) -> dict[str, object]:
+    """A small Llama's architecture; heads are 32 wide."""
     return {
         "model_type": "llama",
         "hidden_size": hidden,
         "intermediate_size": 3 * hidden,
         "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,
-        "max_position_embeddings": 256,
+        "num_attention_heads": hidden // 32,
+        "num_key_value_heads": hidden // 32,
+        "max_position_embeddings": 128,
         "tie_word_embeddings": True,
     }
 
 
 def main() -> None:
     console = Console()
-    console.rule("reading the standard library's docstrings")
-    pairs, texts, tokenizer = standard_library.write(WORK)
+    language = spoken_dates.write(WORK, rows=50_000)
     common = {
-        "data": Pairs(path=str(pairs)),
-        "max_prompt": 48,
-        "max_response": 48,
+        "data": Pairs(path=str(language.pairs)),
+        "max_prompt": 24,
+        "max_response": 32,
         "rollout": RolloutConfig(engine=EngineConfig(dtype="float32")),
         "teachers": TeacherConfig(dtype="float32", engine=EngineConfig(dtype="float32")),
-        "learner": LearnerConfig(dtype="float32", micro_batch=32, threads=2),
+        "learner": LearnerConfig(dtype="float32", micro_batch=64, chunk=2048, threads=2),
     }
-    fast = Optimiser(learning_rate=2e-3, schedule="cosine", warmup_steps=10)
 
-    console.rule("1. a teacher learns from the data")
+    def sft(steps: int) -> Stage:
+        schedule = Optimiser(learning_rate=6e-3, schedule="cosine", warmup_steps=20)
+        return Stage(algorithm=SFT(), steps=steps, batch_size=64, optimiser=schedule)
+
+    console.rule("1. a teacher learns the language")
     teacher = run(
         Experiment(
             name="quickstart-teacher",
-            student=Model(path=str(tokenizer), scratch=llama(192, 4, 6)),
-            stages=(Stage(algorithm=SFT(), steps=200, batch_size=32, optimiser=fast),),
+            student=Model(path=str(language.tokenizer), scratch=llama(96, 3)),
+            stages=(sft(TEACHER_STEPS),),
             evaluation=EvaluationConfig(prompts=0),
             **common,
         ),
         console=console,
     )
-
-    student = Model(path=str(tokenizer), scratch=llama(64, 2, 2))
-    sft = Stage(algorithm=SFT(), steps=SFT_STEPS, batch_size=32, optimiser=fast)
     distil = Stage(
-        algorithm=MiniLLM(rollouts=64, epochs=2),
+        algorithm=MiniLLM(rollouts=128, epochs=2),
         steps=DISTIL_STEPS,
-        batch_size=32,
-        optimiser=Optimiser(learning_rate=1e-3),
+        batch_size=64,
+        optimiser=Optimiser(learning_rate=2e-3, schedule="cosine"),
     )
-    pair = {"student": student, "teacher": Model(path=str(teacher.student)), "text": Documents(path=str(texts)), "text_length": 96, **common}
+    pair = {
+        "student": Model(path=str(language.tokenizer), scratch=llama(64, 1)),
+        "teacher": Model(path=str(teacher.student)),
+        "text": Documents(path=str(language.texts), limit=5_000),
+        "text_length": 56,
+        **common,
+    }
     console.rule("2. a student is distilled: SFT, then MiniLLM with teacher-mixed sampling")
-    distilled = run(Experiment(name="quickstart", stages=(sft, distil), **pair), console=console)
+    distilled = run(Experiment(name="quickstart", stages=(sft(SFT_STEPS), distil), **pair), console=console)
     console.rule("3. the control: as many steps of SFT alone")
-    longer = Stage(algorithm=SFT(), steps=SFT_STEPS + DISTIL_STEPS, batch_size=32, optimiser=fast)
-    control = run(Experiment(name="quickstart-control", stages=(longer,), **pair), console=console)
+    control = run(Experiment(name="quickstart-control", stages=(sft(SFT_STEPS + DISTIL_STEPS),), **pair), console=console)
     quickstart_report.show(console, distilled, control, teacher.student)
 
 

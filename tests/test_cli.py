@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from standard_library_text import text
+from example_text import text
 from transformers import PreTrainedTokenizerFast
 
 from raykd import cli
@@ -23,7 +23,7 @@ LLAMA = {
 
 
 def experiment(runs: Path) -> Experiment:
-    student = Model(path=str(text().tokenizer_path), scratch=LLAMA)
+    student = Model(path=str(text().tokenizer), scratch=LLAMA)
     return Experiment(
         name="bad-input",
         student=student,

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from standard_library_text import text
+from example_text import text, text_tokenizer
 
 from raykd.prompts import (
     ALPACA_WITH_INPUT,
@@ -26,7 +26,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def test_a_response_continues_its_prompt_and_ends_with_eos():
-    tokenizer = text().tokenizer
+    tokenizer = text_tokenizer()
     rows = [{"prompt": "os: def remove(path)\n", "response": "Remove a file."}]
     (prompt,) = tokenise_pairs(rows, Pairs(path="x.jsonl"), tokenizer, max_prompt=64, max_response=64)
     assert prompt.tokens == tuple(tokenizer(rows[0]["prompt"])["input_ids"])
@@ -37,32 +37,32 @@ def test_a_response_continues_its_prompt_and_ends_with_eos():
 
 def test_a_cut_response_has_no_eos_and_is_not_finished():
     rows = [{"prompt": "a\n", "response": "one two three four five six seven"}]
-    (prompt,) = tokenise_pairs(rows, Pairs(path="x"), text().tokenizer, max_prompt=8, max_response=3)
+    (prompt,) = tokenise_pairs(rows, Pairs(path="x"), text_tokenizer(), max_prompt=8, max_response=3)
     assert len(prompt.response) == 3 and not prompt.finished
-    assert text().tokenizer.eos_token_id not in prompt.response
+    assert text_tokenizer().eos_token_id not in prompt.response
 
 
 def test_prompts_that_are_too_long_are_left_out_and_the_others_keep_their_names():
     rows = [{"prompt": "word " * 50, "response": "x"}, {"prompt": "a", "response": "x"}]
-    (prompt,) = tokenise_pairs(rows, Pairs(path="x"), text().tokenizer, max_prompt=8, max_response=8)
+    (prompt,) = tokenise_pairs(rows, Pairs(path="x"), text_tokenizer(), max_prompt=8, max_response=8)
     assert prompt.id == "x:1"
     with pytest.raises(ValueError, match="no prompt has at most max_prompt=2 tokens"):
-        tokenise_pairs(rows[:1], Pairs(path="x"), text().tokenizer, max_prompt=2, max_response=8)
+        tokenise_pairs(rows[:1], Pairs(path="x"), text_tokenizer(), max_prompt=2, max_response=8)
 
 
 @pytest.mark.parametrize(("context", "expected"), [("", "### Response:\n"), ("some", "### Input:\nsome")])
 def test_the_template_without_input_serves_rows_whose_optional_field_is_empty(context: str, expected: str):
     source = Pairs(path="x", prompt=ALPACA_WITH_INPUT.replace("{input}", "{context}"), prompt_without_input=ALPACA_WITHOUT_INPUT)
     rows = [{"instruction": "Do it.", "context": context, "response": "Done."}]
-    (prompt,) = tokenise_pairs(rows, source, text().tokenizer, max_prompt=512, max_response=8)
-    decoded = text().tokenizer.decode(prompt.tokens)
+    (prompt,) = tokenise_pairs(rows, source, text_tokenizer(), max_prompt=512, max_response=8)
+    decoded = text_tokenizer().decode(prompt.tokens)
     assert expected in decoded and ("### Input" in decoded) == bool(context)
 
 
 def test_a_missing_field_is_named_with_file_and_row():
     rows = [{"prompt": "a", "response": "b"}, {"question": "a", "response": "b"}]
     with pytest.raises(ValueError, match=r"x\.jsonl, row 2: no field 'prompt' \(the row has question, response\)"):
-        tokenise_pairs(rows, Pairs(path="x.jsonl"), text().tokenizer, max_prompt=8, max_response=8)
+        tokenise_pairs(rows, Pairs(path="x.jsonl"), text_tokenizer(), max_prompt=8, max_response=8)
 
 
 def test_files_are_read_whatever_their_form(tmp_path: Path):
@@ -87,7 +87,7 @@ def test_data_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: s
 
 
 def test_a_document_is_split_into_prompt_and_continuation():
-    tokenizer = text().tokenizer
+    tokenizer = text_tokenizer()
     whole = "Return the absolute value of the argument, whatever it is."
     (prompt,) = tokenise_documents([{"text": whole}, {"text": "a"}], Documents(path="d", prompt_tokens=4), tokenizer, max_response=64)
     assert len(prompt.tokens) == 4
@@ -95,7 +95,7 @@ def test_a_document_is_split_into_prompt_and_continuation():
 
 
 def test_plain_text_is_packed_without_losing_or_repeating_a_token():
-    tokenizer = text().tokenizer
+    tokenizer = text_tokenizer()
     rows = [{"text": "one two three"}, {"text": "four five six seven eight nine ten"}]
     chunks = pack_text(rows, Documents(path="d"), tokenizer, length=4)
     joined = [token for chunk in chunks for token in chunk.tokens + chunk.response]

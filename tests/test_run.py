@@ -8,7 +8,7 @@ import pytest
 import ray
 import torch
 from rich.console import Console
-from standard_library_text import text
+from example_text import text, text_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -36,7 +36,7 @@ from raykd.workers import Term, Workers, dataset_rollouts, unscored
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
-MAX_PROMPT, MAX_RESPONSE = 40, 24
+MAX_PROMPT, MAX_RESPONSE = 24, 24
 ON_CPU = EngineConfig(dtype="float32", cpu_cache_gib=0.25)
 
 
@@ -55,7 +55,7 @@ def llama(hidden: int) -> dict[str, object]:
 
 def prompts() -> list[Prompt]:
     source = Pairs(path=str(text().pairs))
-    return tokenise_pairs(read_rows(source), source, text().tokenizer, max_prompt=MAX_PROMPT, max_response=MAX_RESPONSE)
+    return tokenise_pairs(read_rows(source), source, text_tokenizer(), max_prompt=MAX_PROMPT, max_response=MAX_RESPONSE)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small Llama that has learned something, by a plain PyTorch loop."""
     torch.manual_seed(0)
     torch.set_num_threads(2)
-    tokenizer, stream = text().tokenizer, PromptStream(prompts(), seed=0)
+    tokenizer, stream = text_tokenizer(), PromptStream(prompts(), seed=0)
     config = LlamaConfig(**{**llama(64), "vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id})
     model = LlamaForCausalLM(config)
     adam = torch.optim.AdamW(model.parameters(), lr=5e-3)
@@ -198,7 +198,7 @@ def self_distillation(teacher: Path, finished: Result, tmp_path_factory: pytest.
         }
     )
     connect(same)
-    tokenizer = text().tokenizer
+    tokenizer = text_tokenizer()
     facts = ModelFacts(
         student=str(teacher),
         teacher=str(teacher),

@@ -1,0 +1,25 @@
+"""The experiments' own text for tests: dates said in English, and their tokenizer, made once a session."""
+
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+sys.path.insert(0, str(EXPERIMENTS))
+
+import spoken_dates  # noqa: E402
+
+
+@cache
+def text() -> spoken_dates.Folder:
+    """800 question/answer pairs and as much plain text."""
+    return spoken_dates.write(Path(tempfile.mkdtemp(prefix="raykd-test-")), rows=800)
+
+
+@cache
+def text_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer of that text."""
+    return AutoTokenizer.from_pretrained(text().tokenizer)
