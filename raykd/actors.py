@@ -57,7 +57,9 @@ class RolloutActor(_Replica):
 
         self._worker = RolloutWorker(facts.student, facts.engine(config), facts.eos_ids)
 
-    async def generate(self, requests: Sequence[Any], teacher_share: float, max_tokens: int, teachers: list[ActorHandle]) -> list[Rollout]:
+    async def generate(
+        self, requests: Sequence[Any], teacher_share: float, max_tokens: int, teachers: list[ActorHandle]
+    ) -> list[Rollout]:
         writer = RemoteWriter(teachers) if teacher_share > 0 else None
         return await self._worker.generate(requests, teacher_share=teacher_share, max_tokens=max_tokens, teacher=writer)
 

@@ -11,7 +11,6 @@ from rich.console import Console
 
 from raykd.experiment import Experiment
 
-
 KEEP_BRANCHES = (tyro.conf.AvoidSubcommands,)
 """Which algorithm a stage runs is written in the file; options change its fields."""
 
@@ -48,7 +47,10 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
     except ValidationError as error:
         for problem in error.errors():
             where = ".".join(map(str, problem["loc"]))
-            console.print(f"[red]error:[/red] {where + ': ' if where else ''}{problem['msg'].removeprefix('Value error, ')}", highlight=False)
+            console.print(
+                f"[red]error:[/red] {where + ': ' if where else ''}{problem['msg'].removeprefix('Value error, ')}",
+                highlight=False,
+            )
         sys.exit(2)
     except ValueError as error:
         console.print(f"[red]error:[/red] {error}", highlight=False, markup=True)

@@ -200,7 +200,9 @@ class Experiment(_Value):
             if mixture.dataset > 0 and isinstance(self.data, Pairs) and self.data.response is None:
                 raise ValueError(f"{where}: {kind} learns from reference answers, but data.response is not set; name the field")
         if self.learner.ranks > min(stage.batch_size for stage in self.stages):
-            raise ValueError(f"learner.ranks {self.learner.ranks} is more than the smallest batch_size of the stages; use fewer ranks")
+            raise ValueError(
+                f"learner.ranks {self.learner.ranks} is more than the smallest batch_size of the stages; use fewer ranks"
+            )
         return self
 
     @property

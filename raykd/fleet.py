@@ -1,9 +1,9 @@
 """Where actors are placed, how work reaches them, what happens when one dies.
 
-    rollouts   N replicas   generate, load        (RLlib's actor manager: health, restarts, deadlines)
-    teachers   N replicas   score, complete       (likewise)
-    learner    N ranks      step, evaluate, publish, save, restore     (one gang: a dead rank ends the run)
-    replay     1 actor      add, sample, state, restore
+rollouts   N replicas   generate, load        (RLlib's actor manager: health, restarts, deadlines)
+teachers   N replicas   score, complete       (likewise)
+learner    N ranks      step, evaluate, publish, save, restore     (one gang: a dead rank ends the run)
+replay     1 actor      add, sample, state, restore
 """
 
 import logging
@@ -46,7 +46,7 @@ class Fleet:
     def broadcast(self, method: str, call: dict[str, Any]) -> list[Any]:
         """The same call on every healthy replica."""
         replicas = self._healthy()
-        return list(self._round(method, {replica: 0 for replica in replicas}, [call], distinct=False).values())
+        return list(self._round(method, dict.fromkeys(replicas, 0), [call], distinct=False).values())
 
     def _round(
         self, method: str, assignment: dict[int, int], calls: Sequence[dict[str, Any]], *, distinct: bool = True
@@ -66,7 +66,9 @@ class Fleet:
             elif isinstance(answer.get(), RayTaskError):  # the work itself failed: another replica would fail too
                 raise answer.get().as_instanceof_cause()
         if silent:
-            raise TimeoutError(f"{self.name} fleet: replicas {sorted(silent)} did not finish {method} within {self.deadline_s:g} s")
+            raise TimeoutError(
+                f"{self.name} fleet: replicas {sorted(silent)} did not finish {method} within {self.deadline_s:g} s"
+            )
         return results
 
     def _healthy(self) -> list[int]:

@@ -1,9 +1,9 @@
 """Data sets -> tokenised prompts, once. Everything after this file carries ids.
 
-    read_rows(source)                    -> rows (dicts), from a file, a folder or the Hub
-    tokenise_pairs / tokenise_documents  -> list[Prompt]
-    pack_text                            -> chunks of plain text for a language-modelling loss
-    PromptStream                         -> a shuffled, endless, resumable stream over a list
+read_rows(source)                    -> rows (dicts), from a file, a folder or the Hub
+tokenise_pairs / tokenise_documents  -> list[Prompt]
+pack_text                            -> chunks of plain text for a language-modelling loss
+PromptStream                         -> a shuffled, endless, resumable stream over a list
 """
 
 from collections.abc import Iterable, Mapping
@@ -74,7 +74,9 @@ def read_rows(source: _Source) -> list[dict[str, Any]]:
     if looks_local and not path.exists():
         raise ValueError(f"data file {source.path} does not exist; give the path of a file, or a data set's name on the Hub")
     if path.exists() and path.is_file() and suffix not in LOADERS:
-        raise ValueError(f"data file {source.path}: cannot read {suffix or 'a file without suffix'}; use one of {', '.join(LOADERS)}")
+        raise ValueError(
+            f"data file {source.path}: cannot read {suffix or 'a file without suffix'}; use one of {', '.join(LOADERS)}"
+        )
     if path.is_file() and path.stat().st_size == 0:
         raise ValueError(f"data set {source.path} is empty: it has no rows")
     try:

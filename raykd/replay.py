@@ -33,7 +33,9 @@ class ReplayBuffer:
     def add(self, rows: list[Row], samples_per_insert: int = 1) -> int:
         """Append rows, the oldest leave when ``capacity`` is passed; returns how many are held."""
         if samples_per_insert < 1:
-            raise ValueError(f"replay: samples_per_insert {samples_per_insert} must be at least 1: a row is there to be learned from")
+            raise ValueError(
+                f"replay: samples_per_insert {samples_per_insert} must be at least 1: a row is there to be learned from"
+            )
         self._rows += rows
         self._uses_left += [samples_per_insert] * len(rows)
         surplus = max(0, len(self._rows) - self.capacity)

@@ -56,7 +56,9 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
     tracking = experiment.tracking
     config = experiment.model_dump(mode="json")
     try:
-        with Tracker(folder, config, name=folder.name, wandb=tracking.wandb, project=tracking.project, console=console) as tracker:
+        with Tracker(
+            folder, config, name=folder.name, wandb=tracking.wandb, project=tracking.project, console=console
+        ) as tracker:
             at = restore_checkpoint(workers, data, folder) if resume else Position()
             before = {} if resume else measure(experiment, workers, data, tracker, at)
             after = train(experiment, workers, data, tracker, folder, at) or before

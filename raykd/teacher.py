@@ -12,7 +12,6 @@ from raykd.projection import Head, teacher_probe
 from raykd.records import Rollout, Scores
 
 
-
 class Teacher:
     """Frozen. ``score`` sends the hidden state after the final norm; times ``head`` it is the exact distribution."""
 

@@ -18,7 +18,9 @@ SHOWN = ("loss", "reverse_kl", "response_length")
 class Tracker:
     """Writes one line of numbers per optimiser step or evaluation; ``with Tracker(...) as tracker: tracker.log(...)``."""
 
-    def __init__(self, run: Path, experiment: Mapping[str, Any], *, name: str, wandb: bool, project: str, console: Console) -> None:
+    def __init__(
+        self, run: Path, experiment: Mapping[str, Any], *, name: str, wandb: bool, project: str, console: Console
+    ) -> None:
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._started = time.monotonic()
         self._wandb = _start_wandb(run, experiment, name, project) if wandb else None

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from raykd.algorithms import GKD, KD, SFT
-from raykd.algorithms.gkd import ReverseKL
 from raykd.algorithms.base import Needs, Progress
+from raykd.algorithms.gkd import ReverseKL
 from raykd.experiment import Experiment, Optimiser, Stage
 from raykd.prompts import PromptStream
 from raykd.records import Prompt, Rollout, Source
@@ -119,7 +119,9 @@ def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Track
             metrics["forward_kl"] = workers.evaluate([Term(algorithm=KD(), rows=rows)])["loss"]
         rows = workers.score(written, Needs.DISTRIBUTION)
         metrics["reverse_kl"] = workers.evaluate([Term(algorithm=GKD(divergence=ReverseKL()), rows=rows)])["loss"]
-        metrics |= {name: value for name, value in summary(written, at.total).items() if name.startswith(("response", "empty", "cut"))}
+        metrics |= {
+            name: value for name, value in summary(written, at.total).items() if name.startswith(("response", "empty", "cut"))
+        }
     tracker.log_held_out(at.total, metrics)
     workers.take_usage()  # measuring is not part of any step
     return metrics

@@ -63,7 +63,9 @@ def unpack(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a bucket as read-only views into its block; raises ValueError when the bytes are not those packed."""
     if checksum(bucket.data) != bucket.checksum:
         names = ", ".join(entry[0] for entry in bucket.entries[:3])
-        raise ValueError(f"weights arrived damaged: checksum of the bucket holding {names}, ... differs from the learner's; publish again")
+        raise ValueError(
+            f"weights arrived damaged: checksum of the bucket holding {names}, ... differs from the learner's; publish again"
+        )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes: the views are read-only
         flat = torch.frombuffer(bucket.data, dtype=torch.uint8)

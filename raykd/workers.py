@@ -12,9 +12,9 @@ import ray
 
 from raykd.actors import LearnerActor, ModelFacts, RolloutActor, TeacherActor
 from raykd.algorithms.base import Algorithm, Needs
+from raykd.collate import LossTerm, deal
 from raykd.experiment import Experiment, Optimiser
 from raykd.fleet import RESTARTS, START_DEADLINE_S, Fleet, LearnerGang, Placement, get
-from raykd.collate import LossTerm, deal
 from raykd.records import Prompt, Rollout, Row, Source, Totals
 from raykd.replay import ReplayBuffer
 from raykd.rollout.requests import GenerationRequest
@@ -37,11 +37,17 @@ class Workers:
         rollout, teachers, learner = experiment.rollout, experiment.teachers, experiment.learner
         num_teachers = teachers.replicas if facts.teacher else 0
         num_rollouts = rollout.replicas if experiment.samples() or experiment.evaluation.prompts else 0
-        self._placement = Placement([learner.gpus] * learner.ranks + [teachers.gpus] * num_teachers + [rollout.gpus] * num_rollouts)
+        self._placement = Placement(
+            [learner.gpus] * learner.ranks + [teachers.gpus] * num_teachers + [rollout.gpus] * num_rollouts
+        )
         create = self._placement.create
-        ranks = [create(LearnerActor, learner, facts, r, gpus=learner.gpus, threads=learner.threads) for r in range(learner.ranks)]
+        ranks = [
+            create(LearnerActor, learner, facts, r, gpus=learner.gpus, threads=learner.threads) for r in range(learner.ranks)
+        ]
         scorers = [
-            create(TeacherActor, teachers, facts, experiment.mixes(), gpus=teachers.gpus, threads=teachers.threads, restarts=RESTARTS)
+            create(
+                TeacherActor, teachers, facts, experiment.mixes(), gpus=teachers.gpus, threads=teachers.threads, restarts=RESTARTS
+            )
             for _ in range(num_teachers)
         ]
         writers = [
@@ -62,7 +68,9 @@ class Workers:
         """Policy version of the learner: optimiser steps taken."""
         return self._learner_version
 
-    def generate(self, prompts: Sequence[Prompt], *, samples: int, teacher_share: float, max_tokens: int, salt: int) -> list[Rollout]:
+    def generate(
+        self, prompts: Sequence[Prompt], *, samples: int, teacher_share: float, max_tokens: int, salt: int
+    ) -> list[Rollout]:
         """``samples`` responses to each prompt by the newest student; ``salt`` tells the draws of one step from another's."""
         assert self.rollouts is not None, "nothing samples from the student"
         self.publish()
@@ -71,7 +79,12 @@ class Workers:
             handles = self.teachers.actors if self.teachers and teacher_share > 0 else []
             num_shares = min(len(self.rollouts.actors), len(requests))
             calls = [
-                {"requests": requests[i::num_shares], "teacher_share": teacher_share, "max_tokens": max_tokens, "teachers": handles}
+                {
+                    "requests": requests[i::num_shares],
+                    "teacher_share": teacher_share,
+                    "max_tokens": max_tokens,
+                    "teachers": handles,
+                }
                 for i in range(num_shares)
             ]
             answers = self.rollouts.map("generate", calls)
@@ -169,7 +182,9 @@ class Workers:
             return
         versions = self.rollouts.broadcast("load", {"update": self._update})
         if set(versions) != {self._update.version}:
-            raise RuntimeError(f"rollout replicas hold policy versions {versions} after version {self._update.version} was published")
+            raise RuntimeError(
+                f"rollout replicas hold policy versions {versions} after version {self._update.version} was published"
+            )
 
     def _deal(self, terms: Sequence[Term]) -> list[list[LossTerm]]:
         """For each rank its terms; denominators stay those of the whole step."""
@@ -213,7 +228,9 @@ def _requests(prompts: Sequence[Prompt], samples: int, salt: int) -> list[Genera
     requests = []
     for prompt in prompts:
         for _ in range(samples):
-            requests.append(GenerationRequest(prompt_id=prompt.id, sample=counts[prompt.id], prompt_tokens=prompt.tokens, salt=salt))
+            requests.append(
+                GenerationRequest(prompt_id=prompt.id, sample=counts[prompt.id], prompt_tokens=prompt.tokens, salt=salt)
+            )
             counts[prompt.id] += 1
     return requests
 

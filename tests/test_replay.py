@@ -12,7 +12,13 @@ def row(name: int, version: int = 0, source: Source = Source.STUDENT) -> Row:
     logprobs = None if source is Source.DATASET else (-1.0,)
     return Row(
         rollout=Rollout(
-            prompt_id=str(name), sample=0, prompt_tokens=(1,), tokens=(2,), source=source, student_logprobs=logprobs, version=version
+            prompt_id=str(name),
+            sample=0,
+            prompt_tokens=(1,),
+            tokens=(2,),
+            source=source,
+            student_logprobs=logprobs,
+            version=version,
         ),
         scores=f"reference {name}",
     )
