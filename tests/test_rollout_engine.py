@@ -20,7 +20,7 @@ from rollout_stack import (
 
 from raykd.records import Source
 from raykd.rollout.requests import GenerationRequest, derive_seed
-from raykd.rollout.vllm_engine import VllmEngine
+from raykd.rollout.vllm_engine import CPU_STEP_TOKENS, VllmEngine
 from raykd.weights import WeightUpdate
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("data")]
@@ -90,6 +90,19 @@ def test_a_response_depends_on_its_own_seed_and_not_on_its_batch(share):
     assert [r.tokens for r in together] == [r.tokens for r in backwards] == [r.tokens for r in alone]
     assert len({r.tokens for r in together}) == len(together), "samples of a prompt differ"
     assert [r.tokens for r in wait(student.generate(requests(salt=1), share, 40, teacher))] != [r.tokens for r in together]
+
+
+def test_more_prompt_tokens_than_one_step_takes_are_written_with_their_own_seeds():
+    """vLLM would prefill one of these prompts in two pieces, and then fail to rewind its seeded generator on CPU."""
+    engine = new_engine(STORIES)
+    long = tuple(range(3, 203))
+    together = [engine.complete(long[index % 7 :], 2, seed=index) for index in range(CPU_STEP_TOKENS // 190 + 8)]
+
+    async def all_at_once():
+        return await asyncio.gather(*together)
+
+    assert all(len(completion.tokens) <= 2 for completion in wait(all_at_once()))
+    engine.close()
 
 
 def test_seeds_are_the_same_in_every_process():

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # vLLM on CPU replaces torch.set_num_threads by a function that does nothing; this is the real one.
 _set_num_threads = torch.set_num_threads
 
+CPU_STEP_TOKENS = 4096
+"""Tokens of one step of the engine on CPU."""
 CPU_BLOCK_SIZE = 32
 """Tokens in a block of the KV cache on CPU: the smallest its kernels take, so that most of a prefix is found cached."""
 
@@ -144,7 +146,14 @@ def start_engine(model: str, config: EngineSettings) -> "LLMEngine":
         os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))  # for tensor-parallel workers
         _set_num_threads(config.threads)
         kv_cache_bytes = int(config.cpu_cache_gib * 2**30)
-        on_cpu = {"enforce_eager": True, "block_size": CPU_BLOCK_SIZE, "kv_cache_memory_bytes": kv_cache_bytes}
+        on_cpu = {
+            "enforce_eager": True,
+            "block_size": CPU_BLOCK_SIZE,
+            "kv_cache_memory_bytes": kv_cache_bytes,
+            # A prompt prefilled in pieces makes vLLM rewind the request's generator, which a CPU generator cannot do.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(CPU_STEP_TOKENS, config.max_length),
+        }
     arguments = EngineArgs(
         model=model,
         skip_tokenizer_init=True,
