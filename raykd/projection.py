@@ -4,11 +4,12 @@ Shapes: N positions, n positions of a chunk, H hidden width, V true vocabulary (
 
     chunk:  student hidden -> student head -> cut to V -> log-softmax --+
             teacher hidden -> teacher head -> cut to V -> log-softmax --+-> reduce -> {name: [n]}
-    backward recomputes the chunk, so memory is bounded by one chunk.
+    backward recomputes each chunk where there are several, so memory is bounded by one chunk.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -111,9 +112,12 @@ def per_token(
 
     reduced: list[dict[str, Tensor]] = []
     rebuilt: list[Probe] = []
-    for rows in _chunks(len(tokens), chunk, vocab_size, num_chunks):
+    chunks = list(_chunks(len(tokens), chunk, vocab_size, num_chunks))
+    recomputed = partial(checkpoint, reduce_chunk, use_reentrant=False, preserve_rng_state=False)
+    run_chunk = reduce_chunk if len(chunks) == 1 else recomputed  # a single chunk is the bound: recomputing it would save nothing
+    for rows in chunks:
         inputs = _rows(student_hidden, rows), None if teacher_states is None else _rows(teacher_states, rows), _rows(tokens, rows)
-        values, chunk_probe = checkpoint(reduce_chunk, *inputs, use_reentrant=False, preserve_rng_state=False)
+        values, chunk_probe = run_chunk(*inputs)
         reduced.append(values)
         if chunk_probe is not None:
             rebuilt.append(chunk_probe)

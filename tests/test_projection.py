@@ -110,8 +110,24 @@ def test_no_call_of_the_head_exceeds_a_chunk_and_backward_recomputes() -> None:
     assert sorted(head.rows) == sorted([4, 4, 3] * 2)
 
 
+def test_a_single_chunk_is_not_computed_twice() -> None:
+    head, hidden, tokens, teacher_head, teacher_hidden = inputs()
+    values = per_token(
+        hidden,
+        head,
+        tokens,
+        GKD().per_token,
+        vocab_size=V,
+        chunk=N,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
+    )
+    total(values).backward()
+    assert head.rows == [N]
+
+
 def test_nothing_of_the_vocabulary_is_kept_for_backward() -> None:
-    """Between forward and backward no tensor with a vocabulary axis is alive in the graph."""
+    """Between forward and backward of several chunks no tensor with a vocabulary axis is alive in the graph."""
     head, hidden, tokens, teacher_head, teacher_hidden = inputs()
     teacher = {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head}
     saved: list[tuple[int, ...]] = []
@@ -121,8 +137,8 @@ def test_nothing_of_the_vocabulary_is_kept_for_backward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, chunk=N, **teacher)
-    assert (N, H_STUDENT) in saved
+        per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, chunk=N - 1, **teacher)
+    assert (N - 1, H_STUDENT) in saved
     assert not [shape for shape in saved if shape[-1:] in ((V,), (PADDED,))]
 
 
