@@ -59,12 +59,12 @@ class Fleet:
             timeout_seconds=self.deadline_s,
         )
         results, silent = {}, set(assignment)
-        for answer in answers:
+        for answer in answers.result_or_errors:
             silent.discard(answer.actor_id)
             if answer.ok:
                 results[assignment[answer.actor_id] if distinct else answer.actor_id] = answer.get()
-            elif isinstance(answer.get(), RayTaskError):  # the work itself failed: another replica would fail too
-                raise answer.get().as_instanceof_cause()
+            elif isinstance(failure := answer.get(), RayTaskError):  # the work itself failed: another replica would fail too
+                raise failure.as_instanceof_cause()
         if silent:
             raise TimeoutError(
                 f"{self.name} fleet: replicas {sorted(silent)} did not finish {method} within {self.deadline_s:g} s"
@@ -125,12 +125,13 @@ class Placement:
         """A remote ``actor_class(*arguments)`` on its reserved GPUs."""
         strategy: Any = "DEFAULT"
         if gpus > 0:
+            assert self.group is not None, "an actor asks for GPUs that were not reserved"
             strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self._next_bundle)
             self._next_bundle += 1
-        env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         options = {"num_gpus": gpus, "num_cpus": 1 if gpus else 0, "scheduling_strategy": strategy}
         remote = ray.remote(actor_class).options(runtime_env={"env_vars": env}, max_restarts=restarts, **options)
-        return remote.remote(*arguments)
+        return remote.remote(*arguments)  # pyright: ignore[reportReturnType]  Ray says "or the class itself", for completion
 
     def release(self) -> None:
         """Give the reserved GPUs back."""

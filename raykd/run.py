@@ -1,6 +1,7 @@
 """Experiment -> checks -> workers -> loop -> close. Whatever can be known to fail fails here, before any actor starts."""
 
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import ray
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from raykd.actors import ModelFacts
 from raykd.experiment import Experiment, Model
@@ -39,6 +41,7 @@ class Result:
 def run(experiment: Experiment, resume: Path | None = None, console: Console | None = None) -> Result:
     """Run an experiment to its end, or go on with the run in ``resume`` from its newest checkpoint."""
     console = console or Console()
+    disable_progress_bar()  # of loading and writing weights; the run has its own
     tokenizer = check_models(experiment)
     data = prepare(experiment, tokenizer)
     connect(experiment)
@@ -77,7 +80,8 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
         if teacher_tokenizer.get_vocab() != tokenizer.get_vocab() or teacher_tokenizer.eos_token_id != tokenizer.eos_token_id:
             raise ValueError(
                 f"student.path {experiment.student.path} and teacher.path {experiment.teacher.path} have different tokenizers "
-                f"({len(tokenizer)} and {len(teacher_tokenizer)} ids): their distributions cannot be compared; choose a pair that shares one"
+                f"({len(tokenizer)} and {len(teacher_tokenizer)} ids): their distributions cannot be compared; "
+                "choose a pair that shares one"
             )
     for role, model in (("student", experiment.student), ("teacher", experiment.teacher)):
         if model is None:
@@ -122,7 +126,7 @@ def connect(experiment: Experiment) -> None:
         address = os.environ.get("RAY_ADDRESS", "local")
         # Workers must import the same raykd as the driver, also when it was started by path and not installed.
         env = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
-        ray.init(address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": env})
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": env})
     available = ray.cluster_resources().get("GPU", 0.0)
     if experiment.gpus() > available:
         raise ValueError(

@@ -51,7 +51,7 @@ class Position:
 def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker, run: Path, at: Position) -> dict[str, float]:
     """Run the stages from ``at`` to their end, with a checkpoint after each; returns the last held-out numbers."""
     held_out: dict[str, float] = {}
-    for at.stage in range(at.stage, len(experiment.stages)):
+    while at.stage < len(experiment.stages):
         stage = experiment.stages[at.stage]
         if at.step == 0:
             workers.begin(stage.optimiser)
@@ -72,8 +72,8 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
             if _due(experiment.checkpoint_every, at, stage):
                 save_checkpoint(workers, data, run, at)
         held_out = measure(experiment, workers, data, tracker, at)
-        at.step = 0
-        save_checkpoint(workers, data, run, Position(at.stage + 1, 0, at.total))
+        at.stage, at.step = at.stage + 1, 0
+        save_checkpoint(workers, data, run, at)
     return held_out
 
 
