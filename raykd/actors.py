@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import itertools
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ class RemoteWriter:
     """The teacher engines as one writer: calls go round the replicas."""
 
     def __init__(self, handles: Sequence[ActorHandle]) -> None:
-        self._handles = itertools.cycle(handles)
+        self._handles: Iterator[Any] = itertools.cycle(handles)
 
     async def complete(self, tokens: Sequence[int], max_tokens: int, seed: int) -> Any:
         return await next(self._handles).complete.remote(tokens, max_tokens, seed)

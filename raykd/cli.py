@@ -17,8 +17,8 @@ KEEP_BRANCHES = (tyro.conf.AvoidSubcommands,)
 
 ALSO = """
 
-Also: --resume RUN goes on with a run directory from its newest checkpoint; --scale NAME takes another size of the same run, where the
-file has some; --show prints the experiment as JSON and stops."""
+Also: --resume RUN goes on with a run directory from its newest checkpoint; --scale NAME takes another size of the same run, where
+the file has some; --show prints the experiment as JSON and stops."""
 
 
 def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] | None = None) -> None:

@@ -33,15 +33,15 @@ class Model(_Value):
 class Optimiser(_Value):
     """AdamW and its learning-rate schedule over the steps of one stage."""
 
-    learning_rate: float = Field(5e-6, gt=0)
-    learning_rate_min: float = Field(0.0, ge=0)
+    learning_rate: float = Field(default=5e-6, gt=0)
+    learning_rate_min: float = Field(default=0.0, ge=0)
     """Where a cosine or linear schedule ends."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    gradient_clip: float = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
 
 
@@ -84,15 +84,15 @@ class EngineConfig(_Value):
 
     dtype: Dtype = "bfloat16"
     tensor_parallel: Positive = 1
-    memory: float = Field(0.9, gt=0, le=1)
+    memory: float = Field(default=0.9, gt=0, le=1)
     """Share of a GPU's memory for weights and KV cache."""
-    cpu_cache_gib: float = Field(1.0, gt=0)
+    cpu_cache_gib: float = Field(default=1.0, gt=0)
     """KV cache on machines without a GPU, GiB."""
     max_sequences: Positive = 256
     """Sequences decoded together."""
     threads: Positive = 1
     """CPU threads of the engine, where there is no GPU."""
-    deadline_s: float = Field(1800.0, gt=0)
+    deadline_s: float = Field(default=1800.0, gt=0)
     """Longest wait for one response."""
 
 
@@ -100,7 +100,7 @@ class RolloutConfig(_Value):
     """Student engines that write responses."""
 
     replicas: Positive = 1
-    gpus: float = Field(0.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
     """GPUs of each replica; 0 runs on CPU."""
     engine: EngineConfig = EngineConfig()
 
@@ -109,7 +109,7 @@ class TeacherConfig(_Value):
     """Workers that score responses, and write the teacher's tokens where an algorithm mixes."""
 
     replicas: Positive = 1
-    gpus: float = Field(0.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
     dtype: Dtype = "bfloat16"
     batch_tokens: Positive = 16384
     """Positions of one scoring forward pass, padding included."""
@@ -124,7 +124,7 @@ class LearnerConfig(_Value):
     """DeepSpeed ranks."""
 
     ranks: Positive = 1
-    gpus: float = Field(0.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0)
     """GPUs of each rank; 0 runs on CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     dtype: Dtype = "bfloat16"
@@ -135,16 +135,16 @@ class LearnerConfig(_Value):
     activation_checkpointing: bool = False
     offload_optimiser: bool = False
     threads: Positive = 1
-    deadline_s: float = Field(1800.0, gt=0)
+    deadline_s: float = Field(default=1800.0, gt=0)
     """Longest wait of one rank for another."""
 
 
 class EvaluationConfig(_Value):
     """Held-out measures of the student against the teacher, before, between and after the stages."""
 
-    prompts: int = Field(64, ge=0)
+    prompts: int = Field(default=64, ge=0)
     """Held-out prompts; they are taken from the data and never trained on. 0 measures nothing."""
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     """Also every so many steps within a stage; 0 only between stages."""
 
 
@@ -166,7 +166,7 @@ class Experiment(_Value):
     data: Pairs | Documents
     text: Documents | None = None
     """Plain text for the language-modelling loss of methods that have one."""
-    text_length: int = Field(512, ge=2)
+    text_length: int = Field(default=512, ge=2)
     """Tokens of one chunk of plain text."""
     stages: tuple[Stage, ...] = Field(min_length=1)
     max_prompt: Positive = 256
@@ -178,9 +178,9 @@ class Experiment(_Value):
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
-    checkpoint_every: int = Field(0, ge=0)
+    checkpoint_every: int = Field(default=0, ge=0)
     """Optimiser steps between checkpoints; 0 only at the end of each stage."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     runs: Path = Field(default_factory=lambda: Path(os.environ.get("RAYKD_RUNS", "runs")))
     """Folder of run directories, each run gets a new one in it. On several machines: storage that all of them see.
     Defaults to the environment variable RAYKD_RUNS, else ``runs``."""

@@ -41,7 +41,7 @@ class _Source(BaseModel):
     """A file (.jsonl, .json, .parquet, .csv, .txt, each also .gz), or the name of a data set on the Hugging Face Hub."""
     split: str = "train"
     """Which split of a Hub data set; a file is one split."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     """Use only the first rows."""
 
 
@@ -60,7 +60,7 @@ class Documents(_Source):
     """Plain text: the first tokens of a document are the prompt, what follows is its reference continuation."""
 
     field: str = "text"
-    prompt_tokens: int = Field(16, ge=1)
+    prompt_tokens: int = Field(default=16, ge=1)
 
 
 def read_rows(source: _Source) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def read_rows(source: _Source) -> list[dict[str, Any]]:
     rows = list(data.select(range(min(len(data), source.limit or len(data)))))
     if not rows:
         raise ValueError(f"data set {source.path} is empty: it has no rows")
-    return rows
+    return rows  # pyright: ignore[reportReturnType]  an unformatted data set gives dicts
 
 
 def tokenise_pairs(
@@ -150,9 +150,10 @@ def pack_text(
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that ends a response; raises ValueError when the tokenizer has none."""
-    if tokenizer.eos_token_id is None:
+    token_id = tokenizer.eos_token_id
+    if not isinstance(token_id, int):
         raise ValueError(f"tokenizer {tokenizer.name_or_path} has no EOS token: a response could never end; set eos_token")
-    return int(tokenizer.eos_token_id)
+    return token_id
 
 
 Item = TypeVar("Item")

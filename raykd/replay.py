@@ -13,7 +13,7 @@ from raykd.records import Row
 
 
 class ReplayBuffer:
-    """First in, first out, with three bounds: ``capacity`` rows, ``samples_per_insert`` uses of a row, ``max_staleness`` versions.
+    """First in, first out, with three bounds: ``capacity`` rows, ``samples_per_insert`` uses of each, ``max_staleness`` versions.
 
     Rows with the most uses left are drawn first, uniformly without replacement among equals: ``samples_per_insert = k`` on a
     freshly filled buffer is therefore exactly k shuffled epochs over it.

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from raykd.algorithms.base import Needs
 from raykd.experiment import TeacherConfig
@@ -18,7 +18,8 @@ class Teacher:
     def __init__(self, model: str, config: TeacherConfig, *, vocab_size: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         causal = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
-        causal = causal.to(self.device).eval().requires_grad_(False)
+        causal.to(self.device)  # pyright: ignore[reportArgumentType]  transformers wraps it without its signature
+        causal = causal.eval().requires_grad_(False)
         self._body = causal.base_model
         self._head = head_of(causal).cut(vocab_size)
         self.config, self.vocab_size = config, vocab_size
@@ -62,7 +63,7 @@ class Teacher:
         return [states[i, start : start + len(r.tokens)] for i, (start, r) in enumerate(zip(starts, rollouts, strict=True))]
 
 
-def head_of(model: torch.nn.Module) -> Head:
+def head_of(model: PreTrainedModel) -> Head:
     """The head of a Hugging Face causal language model, with the scale and soft-cap of its architecture."""
     config = model.config
     output = model.get_output_embeddings()

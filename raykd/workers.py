@@ -223,7 +223,7 @@ def unscored(rollouts: Sequence[Rollout]) -> list[Row]:
 
 
 def _requests(prompts: Sequence[Prompt], samples: int, salt: int) -> list[GenerationRequest]:
-    """``samples`` requests a prompt; a prompt that comes twice goes on counting, so that no two requests draw the same numbers."""
+    """``samples`` requests a prompt; a prompt that comes twice goes on counting: no two requests draw the same numbers."""
     counts: Counter[str] = Counter()
     requests = []
     for prompt in prompts:

@@ -42,8 +42,14 @@ def experiment_gpus() -> float:
     return runpy.run_path(str(ROOT / "experiments" / "minillm_llama13b.py"))["EXPERIMENT"].gpus()
 
 
+def found(pattern: str, file: Path) -> str:
+    match = re.search(pattern, file.read_text(), re.MULTILINE)
+    assert match, f"{file.name} holds no {pattern}"
+    return match[1]
+
+
 def locked(package: str) -> str:
-    return re.search(rf"^{package}==(\S+)", (ROOT / "requirements" / "gpu.lock").read_text(), re.MULTILINE)[1]
+    return found(rf"^{package}==(\S+)", ROOT / "requirements" / "gpu.lock")
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +149,6 @@ def test_the_rayjob_runs_a_file_of_the_image_and_writes_to_the_volume(job: dict[
     }
     assert claims == {"storage": load("kuberay-volume.yaml")["metadata"]["name"]}
     _, script, option, runs = job["spec"]["entrypoint"].split()
-    workdir = re.search(r"^WORKDIR (\S+)", (CLUSTERS / "Dockerfile").read_text(), re.MULTILINE)[1]
+    workdir = found(r"^WORKDIR (\S+)", CLUSTERS / "Dockerfile")
     assert (ROOT / Path(script).relative_to(workdir)).is_file()
     assert option == "--runs" and runs.startswith(mounts["storage"])

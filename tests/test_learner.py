@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -30,7 +30,8 @@ VOCAB, PADDED_VOCAB, TEACHER_WIDTH = 61, 64, 48
 OPTIMISER = Optimiser(learning_rate=3e-3, eps=1e-6, weight_decay=0.1, gradient_clip=0.5)
 LEARNING_RATES = (1e-3, 3e-3, 3e-3, 2e-3)
 ALGORITHMS: tuple[Algorithm, ...] = (SFT(), KD(), MiniLLM())
-STAGES = (0, 1, 2, 3)
+ZeroStage = Literal[0, 1, 2, 3]
+STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
 
 
 def student_config(tied: bool) -> Any:
@@ -147,7 +148,8 @@ def oracle(folder: Path, tied: bool) -> tuple[list[float], dict[str, Tensor]]:
         for step, learning_rate in enumerate(LEARNING_RATES):
             adam.param_groups[0]["lr"] = learning_rate
             terms = terms_of(algorithm, rows, step, rank=0, ranks=1)
-            loss = sum(t.weight * oracle_loss(model, row, t.algorithm, t.totals, head) for t in terms for row in t.rows)
+            losses_of_rows = [t.weight * oracle_loss(model, row, t.algorithm, t.totals, head) for t in terms for row in t.rows]
+            loss = torch.stack(losses_of_rows).sum()
             adam.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMISER.gradient_clip)
@@ -184,7 +186,7 @@ def make_learner(rank: int, port: int, folder: Path, config: LearnerConfig, tied
     return Learner(student, config=config, rank=rank, address=("127.0.0.1", port), vocab_size=VOCAB, pad_id=0, teacher_head=head)
 
 
-def train_case(rank: int, ranks: int, stage: int, tied: bool, port: int, folder: Path) -> dict[str, Any]:
+def train_case(rank: int, ranks: int, stage: ZeroStage, tied: bool, port: int, folder: Path) -> dict[str, Any]:
     head, rows = all_rows()
     config = LearnerConfig(ranks=ranks, zero_stage=stage, dtype="float32", micro_batch=2, chunk=3, activation_checkpointing=tied)
     learner = make_learner(rank, port, folder, config, tied, head)
@@ -231,7 +233,7 @@ def nan_case(learner: Any, rows: dict[str, list[Row]], rank: int, ranks: int) ->
     return learner.step(terms, 1e-2).get("skipped"), before, published(learner)
 
 
-def bfloat16_case(stage: int, port: int, folder: Path) -> dict[str, Any]:
+def bfloat16_case(stage: ZeroStage, port: int, folder: Path) -> dict[str, Any]:
     head, rows = all_rows()
     learner = make_learner(0, port, folder, LearnerConfig(zero_stage=stage, dtype="bfloat16", micro_batch=2), False, head)
     learner.begin(OPTIMISER)
