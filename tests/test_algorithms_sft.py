@@ -83,4 +83,4 @@ def test_every_algorithm_survives_json_and_misspelt_fields_do_not() -> None:
     with pytest.raises(ValidationError, match="reductoin"):
         adapter.validate_python({"kind": "sft", "reductoin": "token_mean"})
     with pytest.raises(ValidationError, match="frozen"):
-        SFT().reduction = "sequence_mean"  # type: ignore[misc]
+        SFT().reduction = "sequence_mean"

@@ -66,7 +66,10 @@ def scores_of(rollouts: list[Rollout], head: Head, generator: torch.Generator) -
 def make_rows(lengths: list[tuple[int, int]], head: Head, seed: int) -> list[Row]:
     """Teacher-mixed rollouts of (prompt, response) lengths, scored in one block."""
     generator = torch.Generator().manual_seed(seed)
-    ids = lambda count: tuple(torch.randint(VOCAB, (count,), generator=generator).tolist())  # noqa: E731
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(VOCAB, (count,), generator=generator).tolist())
+
     rollouts = [
         Rollout(
             prompt_id=f"made:{index}",
@@ -203,7 +206,10 @@ def train_case(rank: int, ranks: int, stage: ZeroStage, tied: bool, port: int, f
 
     learner.save(out / "checkpoints")
     learner.save(out / "checkpoints")
-    again = lambda: [learner.step(terms_of(MiniLLM(), rows, step, rank, ranks), 1e-3)["loss"] for step in range(3)]  # noqa: E731
+
+    def again() -> list[float]:
+        return [learner.step(terms_of(MiniLLM(), rows, step, rank, ranks), 1e-3)["loss"] for step in range(3)]
+
     found["first"] = again()
     learner.restore(out / "checkpoints")
     found["folders"] = sorted(path.name for path in (out / "checkpoints").glob("*") if path.is_dir())
