@@ -78,7 +78,12 @@ def tiny() -> Experiment:
     on_cpu = EngineConfig(dtype="float32", cpu_cache_gib=0.25)
 
     def llama(hidden: int, layers: int) -> Model:
-        shape = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers, "num_attention_heads": hidden // 32}
+        shape = {
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": hidden // 32,
+        }
         fixed = {"model_type": "llama", "max_position_embeddings": 128, "tie_word_embeddings": False}
         return Model(path=str(language.tokenizer), scratch=fixed | shape)
 
@@ -90,7 +95,7 @@ def tiny() -> Experiment:
             "data": Pairs(path=str(language.pairs)),
             "text": Documents(path=str(language.texts)),
             "text_length": 40,
-            "max_prompt": 24,
+            "max_prompt": 16,
             "max_response": 16,
             "stages": (
                 sft.model_copy(update={"steps": 2, "batch_size": 8}),

@@ -1,7 +1,7 @@
 """The whole system in minutes on a laptop: no network, no account, no data to bring.
 
-A small Llama learns to say dates and times in English (spoken_dates.py); every moment has several right answers, and every
-answer can be checked. A student a fifth of its size is then distilled from it: SFT on the data, then MiniLLM on
+A small Llama learns to say dates in English (spoken_dates.py); every date has several right answers, and every
+answer can be checked. A student a third of its size is then distilled from it: SFT on the data, then MiniLLM on
 teacher-mixed responses. A control gets the same number of SFT steps instead.
 """
 
@@ -28,7 +28,7 @@ from raykd.prompts import Documents, Pairs
 from raykd.run import run
 
 WORK = Path(os.environ.get("RAYKD_RUNS", "runs")) / "quickstart-data"
-TEACHER_STEPS, SFT_STEPS, DISTIL_STEPS = 700, 200, 128
+TEACHER_STEPS, SFT_STEPS, DISTIL_STEPS = 700, 300, 96
 
 
 def llama(hidden: int, layers: int) -> dict[str, object]:
@@ -50,8 +50,8 @@ def main() -> None:
     language = spoken_dates.write(WORK, rows=50_000)
     common = {
         "data": Pairs(path=str(language.pairs)),
-        "max_prompt": 24,
-        "max_response": 32,
+        "max_prompt": 16,
+        "max_response": 24,
         "rollout": RolloutConfig(engine=EngineConfig(dtype="float32")),
         "teachers": TeacherConfig(dtype="float32", engine=EngineConfig(dtype="float32")),
         "learner": LearnerConfig(dtype="float32", micro_batch=64, chunk=2048, threads=2),
@@ -79,10 +79,10 @@ def main() -> None:
         optimiser=Optimiser(learning_rate=2e-3, schedule="cosine"),
     )
     pair = {
-        "student": Model(path=str(language.tokenizer), scratch=llama(64, 1)),
+        "student": Model(path=str(language.tokenizer), scratch=llama(64, 2)),
         "teacher": Model(path=str(teacher.student)),
         "text": Documents(path=str(language.texts), limit=5_000),
-        "text_length": 56,
+        "text_length": 40,
         **common,
     }
     console.rule("2. a student is distilled: SFT, then MiniLLM with teacher-mixed sampling")

@@ -28,7 +28,7 @@ def show(console: Console, distilled: Result, control: Result, teacher: Path) ->
     questions = [prompt for prompt, _ in spoken_dates.sample(NUM_CHECKED, seed=99)]  # the training data has another seed
     written = {name: answer(folder, questions) for name, folder in models.items()}
 
-    numbers = Table(title="on held-out moments", title_justify="left")
+    numbers = Table(title="on held-out dates", title_justify="left")
     numbers.add_column("")
     for name in ("untrained", *models):
         numbers.add_column(name, justify="right")
@@ -44,7 +44,9 @@ def show(console: Console, distilled: Result, control: Result, teacher: Path) ->
         answers.add_column(name)
     for index in range(NUM_SHOWN):
         question = questions[index]
-        said = [column[index] + ("  [right]" if spoken_dates.is_right(question, column[index]) else "") for column in written.values()]
+        said = [
+            column[index] + ("  [right]" if spoken_dates.is_right(question, column[index]) else "") for column in written.values()
+        ]
         answers.add_row(question.strip(), *map(escape, said))
     console.print(answers)
 
@@ -61,10 +63,10 @@ def show(console: Console, distilled: Result, control: Result, teacher: Path) ->
 def answer(folder: Path, questions: list[str]) -> list[str]:
     """Sampled answers of a saved model, through plain transformers."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
-    ids = torch.tensor([tokenizer(question)["input_ids"] for question in questions])  # all moments have the same length
+    ids = torch.tensor([tokenizer(question)["input_ids"] for question in questions])  # all dates have the same length
     torch.manual_seed(0)
     end = tokenizer.eos_token_id
     written = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=32, eos_token_id=end, pad_token_id=end
+        ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=24, eos_token_id=end, pad_token_id=end
     )
     return tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)

@@ -1,8 +1,8 @@
-"""A language that every machine can write and check: dates and times, said in English.
+"""A language that every machine can write and check: dates, said in English.
 
-    1987-11-03 08:45 AM   ->   a quarter to nine in the morning on the third of November, nineteen eighty-seven
+    1987-11-03   ->   the third of November, nineteen eighty-seven
 
-Every moment has several right answers, each as likely as the others: a model must learn a distribution, not a line. And every
+Every date has several right answers, each as likely as the others: a model must learn a distribution, not a line. And every
 answer can be checked.
 """
 
@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import date
 from itertools import product
 from pathlib import Path
 
@@ -21,8 +21,16 @@ ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 ).split()
 TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
-IRREGULAR = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth", "twelve": "twelfth"}
-FIRST, LAST = datetime(1900, 1, 1), datetime(2099, 12, 31)
+IRREGULAR = {
+    "one": "first",
+    "two": "second",
+    "three": "third",
+    "five": "fifth",
+    "eight": "eighth",
+    "nine": "ninth",
+    "twelve": "twelfth",
+}
+FIRST, LAST = date(1900, 1, 1), date(2099, 12, 31)
 
 
 @dataclass(frozen=True)
@@ -48,41 +56,24 @@ def write(folder: Path, rows: int, seed: int = 0) -> Folder:
 
 
 def sample(rows: int, seed: int) -> Iterator[tuple[str, str]]:
-    """Moments and one of the right answers to each, both at random."""
+    """Dates and one of the right answers to each, both at random."""
     draw = random.Random(seed)
-    minutes = int((LAST - FIRST) / timedelta(minutes=1))
     for _ in range(rows):
-        moment = FIRST + timedelta(minutes=draw.randrange(minutes))
-        yield f"{moment:%Y-%m-%d %I:%M %p}\n", draw.choice(answers(moment))
+        day = date.fromordinal(draw.randint(FIRST.toordinal(), LAST.toordinal()))
+        yield f"{day.isoformat()}\n", draw.choice(answers(day))
 
 
 def is_right(prompt: str, response: str) -> bool:
     """Whether a response is one of the right answers."""
-    return response in answers(datetime.strptime(prompt.strip(), "%Y-%m-%d %I:%M %p"))
+    return response in answers(date.fromisoformat(prompt.strip()))
 
 
-def answers(moment: datetime) -> list[str]:
+def answers(day: date) -> list[str]:
     """Every right way to say it."""
-    day = ordinal(moment.day)
-    dates = (f"the {day} of {moment:%B}", f"{moment:%B} the {day}")
-    years = (f"{moment.year}", f"{number(moment.year // 100)} {two_digits(moment.year % 100)}")
-    part = next(part for hour, part in ((5, "at night"), (12, "in the morning"), (18, "in the afternoon"), (22, "in the evening"), (24, "at night")) if moment.hour < hour)
-    said = []
-    for time, date, year in product(times(moment.hour, moment.minute), dates, years):
-        said += [f"{time} {part} on {date}, {year}", f"on {date}, {year}, {time} {part}"]
-    return said
-
-
-def times(hour: int, minute: int) -> tuple[str, ...]:
-    """The time of day as one reads it from hands, and from digits."""
-    this, following = number((hour - 1) % 12 + 1), number(hour % 12 + 1)
-    digits = f"{this} {two_digits(minute)}"
-    if minute == 0:
-        return (f"{this} o'clock",)
-    if minute == 30:
-        return f"half past {this}", digits
-    spoken = "a quarter" if minute in (15, 45) else number(min(minute, 60 - minute))
-    return f"{spoken} past {this}" if minute < 30 else f"{spoken} to {following}", digits
+    said, month = ordinal(day.day), f"{day:%B}"
+    days = (f"the {said} of {month}", f"{month} the {said}")
+    years = (str(day.year), f"{number(day.year // 100)} {two_digits(day.year % 100)}")
+    return [form for day, year in product(days, years) for form in (f"{day}, {year}", f"in {year}, on {day}")]
 
 
 def number(value: int) -> str:
@@ -94,7 +85,7 @@ def number(value: int) -> str:
 
 
 def two_digits(value: int) -> str:
-    """The second half of a year or the minutes: hundred, oh five, forty-two."""
+    """The second half of a year: hundred, oh five, forty-two."""
     if value == 0:
         return "hundred"
     return f"oh {ONES[value]}" if value < 10 else number(value)
@@ -109,8 +100,12 @@ def ordinal(value: int) -> str:
 def tokenizer(lines: list[str]) -> PreTrainedTokenizerFast:
     """A byte-level BPE in which every digit stands alone."""
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=512, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        lines, trainers.BpeTrainer(vocab_size=512, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", clean_up_tokenization_spaces=False)

@@ -44,7 +44,9 @@ EXPERIMENT = Experiment(
     text=Documents(path=STORIES),
     text_length=80,
     stages=(
-        Stage(algorithm=SFT(), steps=200, batch_size=32, optimiser=Optimiser(learning_rate=3e-3, schedule="cosine", warmup_steps=10)),
+        Stage(
+            algorithm=SFT(), steps=200, batch_size=32, optimiser=Optimiser(learning_rate=3e-3, schedule="cosine", warmup_steps=10)
+        ),
         Stage(algorithm=MiniLLM(rollouts=64, epochs=2), steps=80, batch_size=32, optimiser=Optimiser(learning_rate=1e-3)),
     ),
     max_prompt=16,
