@@ -66,7 +66,7 @@ def answer(folder: Path, questions: list[str]) -> list[str]:
     ids = torch.tensor([tokenizer(question)["input_ids"] for question in questions])  # all dates have the same length
     torch.manual_seed(0)
     end = tokenizer.eos_token_id
-    written = model.generate(
+    written = model.generate(  # pyright: ignore[reportAttributeAccessIssue]  # transformers' own annotation is wrong
         ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=24, eos_token_id=end, pad_token_id=end
     )
     return tokenizer.batch_decode(written[:, ids.shape[1] :], skip_special_tokens=True)

@@ -71,7 +71,11 @@ def test_bad_input_is_named_with_its_field_and_a_remedy(
     unnamed = write(tmp_path / "unnamed.jsonl", [{"prompt": "a", "response": "b"}, {"question": "c", "response": "d"}])
     few = write(tmp_path / "few.jsonl", [{"prompt": "a", "response": "b"}])
     cases = {
-        ("--teacher.path", "./no/such/model"): ["teacher.path ./no/such/model", "no such folder", "give a Hugging Face model folder"],
+        ("--teacher.path", "./no/such/model"): [
+            "teacher.path ./no/such/model",
+            "no such folder",
+            "give a Hugging Face model folder",
+        ],
         ("--data.path", "./missing.jsonl"): ["data file ./missing.jsonl does not exist", "give the path of a file"],
         ("--data.path", empty): [empty, "is empty"],
         ("--data.path", unnamed): ["unnamed.jsonl, row 2: no field 'prompt'", "question, response", "name the right fields"],

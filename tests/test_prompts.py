@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from example_text import text, text_tokenizer
+from example_text import text_tokenizer
 
 from raykd.prompts import (
     ALPACA_WITH_INPUT,
@@ -30,7 +30,7 @@ def test_a_response_continues_its_prompt_and_ends_with_eos():
     rows = [{"prompt": "os: def remove(path)\n", "response": "Remove a file."}]
     (prompt,) = tokenise_pairs(rows, Pairs(path="x.jsonl"), tokenizer, max_prompt=64, max_response=64)
     assert prompt.tokens == tuple(tokenizer(rows[0]["prompt"])["input_ids"])
-    assert tokenizer.decode(prompt.response[:-1]) == "Remove a file."
+    assert tokenizer.decode(list(prompt.response[:-1])) == "Remove a file."
     assert prompt.response[-1] == tokenizer.eos_token_id and prompt.finished
     assert prompt.id == "x.jsonl:0"
 
@@ -55,7 +55,7 @@ def test_the_template_without_input_serves_rows_whose_optional_field_is_empty(co
     source = Pairs(path="x", prompt=ALPACA_WITH_INPUT.replace("{input}", "{context}"), prompt_without_input=ALPACA_WITHOUT_INPUT)
     rows = [{"instruction": "Do it.", "context": context, "response": "Done."}]
     (prompt,) = tokenise_pairs(rows, source, text_tokenizer(), max_prompt=512, max_response=8)
-    decoded = text_tokenizer().decode(prompt.tokens)
+    decoded = text_tokenizer().decode(list(prompt.tokens))
     assert expected in decoded and ("### Input" in decoded) == bool(context)
 
 
@@ -89,9 +89,11 @@ def test_data_that_cannot_be_read_is_named(tmp_path: Path, name: str, content: s
 def test_a_document_is_split_into_prompt_and_continuation():
     tokenizer = text_tokenizer()
     whole = "Return the absolute value of the argument, whatever it is."
-    (prompt,) = tokenise_documents([{"text": whole}, {"text": "a"}], Documents(path="d", prompt_tokens=4), tokenizer, max_response=64)
+    (prompt,) = tokenise_documents(
+        [{"text": whole}, {"text": "a"}], Documents(path="d", prompt_tokens=4), tokenizer, max_response=64
+    )
     assert len(prompt.tokens) == 4
-    assert tokenizer.decode(prompt.tokens + prompt.response[:-1]) == whole
+    assert tokenizer.decode([*prompt.tokens, *prompt.response[:-1]]) == whole
 
 
 def test_plain_text_is_packed_without_losing_or_repeating_a_token():

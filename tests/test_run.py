@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import ray
 import torch
-from rich.console import Console
 from example_text import text, text_tokenizer
+from rich.console import Console
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -28,8 +28,8 @@ from raykd.experiment import (
     TeacherConfig,
     TrackingConfig,
 )
-from raykd.prompts import Documents, Pairs, PromptStream, read_rows, tokenise_pairs
-from raykd.records import Prompt, Source
+from raykd.prompts import Documents, Pairs, PromptStream, eos_id, read_rows, tokenise_pairs
+from raykd.records import Prompt, Scores, Source
 from raykd.run import Result, connect, run
 from raykd.weights import unpack
 from raykd.workers import Term, Workers, dataset_rollouts, unscored
@@ -203,7 +203,7 @@ def self_distillation(teacher: Path, finished: Result, tmp_path_factory: pytest.
         student=str(teacher),
         teacher=str(teacher),
         vocab_size=len(tokenizer),
-        eos_ids=(int(tokenizer.eos_token_id),),
+        eos_ids=(eos_id(tokenizer),),
         max_length=same.max_length,
         seed=0,
     )
@@ -225,7 +225,7 @@ def test_rollout_learner_and_teacher_agree_on_the_same_ids(self_distillation: Wo
         count = sum(len(rollout.tokens) for rollout in rollouts)
         engine = -sum(sum(rollout.student_logprobs or ()) for rollout in rollouts) / count
         rows = workers.score(rollouts, Needs.DISTRIBUTION)
-        blocks = {row.scores: ray.get(row.scores) for row in rows}
+        blocks: dict[ray.ObjectRef, Scores] = {row.scores: ray.get(row.scores) for row in rows}
         for row in rows:  # token by token: the rollout engine against the teacher's prefill
             recorded = torch.tensor(row.rollout.student_logprobs)
             torch.testing.assert_close(recorded, blocks[row.scores].row(row.index).logprobs, atol=1e-4, rtol=1e-4)

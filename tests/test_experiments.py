@@ -1,0 +1,112 @@
+"""Every experiment runs as a user would start it: the files in experiments/, and a Ray job with token authentication."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+
+import pytest
+import spoken_dates
+from example_text import EXPERIMENTS
+
+from raykd.experiment import Experiment
+
+ROOT = EXPERIMENTS.parent
+BIN = Path(sys.executable).parent
+
+
+def command(*arguments: str, runs: Path, timeout: int = 540, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"RAYKD_RUNS": str(runs), "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"} | environment
+    return subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def test_the_language_of_dates_is_right():
+    day = date(1905, 11, 3)
+    assert spoken_dates.answers(day) == [
+        "the third of November, 1905",
+        "in 1905, on the third of November",
+        "the third of November, nineteen oh five",
+        "in nineteen oh five, on the third of November",
+        "November the third, 1905",
+        "in 1905, on November the third",
+        "November the third, nineteen oh five",
+        "in nineteen oh five, on November the third",
+    ]
+    assert (
+        spoken_dates.ordinal(30) == "thirtieth"
+        and spoken_dates.ordinal(21) == "twenty-first"
+        and spoken_dates.ordinal(12) == "twelfth"
+    )
+    assert spoken_dates.two_digits(0) == "hundred" and spoken_dates.two_digits(42) == "forty-two"
+    assert all(spoken_dates.is_right(*pair) for pair in spoken_dates.sample(200, seed=1))
+    assert not spoken_dates.is_right("1905-11-03\n", "the fourth of November, 1905")
+
+
+@pytest.mark.parametrize("name", ["stories_minillm", "minillm_llama13b"])
+def test_an_experiment_is_a_value_that_survives_json(name: str):
+    experiment = importlib.import_module(name).EXPERIMENT
+    assert Experiment.model_validate_json(experiment.model_dump_json()) == experiment
+
+
+def test_the_13b_layout_is_the_one_its_docstring_draws():
+    experiment = importlib.import_module("minillm_llama13b").EXPERIMENT
+    assert (experiment.learner.ranks, experiment.teachers.replicas, experiment.rollout.replicas, experiment.gpus()) == (
+        4,
+        2,
+        2,
+        8,
+    )
+
+
+@pytest.mark.stack
+@pytest.mark.timeout(600)
+def test_minillm_llama13b_runs_at_tiny_scale_with_its_own_layout(tmp_path: Path):
+    done = command(sys.executable, "experiments/minillm_llama13b.py", "--scale", "tiny", runs=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "minillm-llama-tiny"
+    described = json.loads((run / "experiment.json").read_text())["experiment"]
+    assert (described["learner"]["ranks"], described["learner"]["zero_stage"]) == (4, 3)
+    assert (described["teachers"]["replicas"], described["rollout"]["replicas"]) == (2, 2)
+    steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert max(line["step"] for line in steps) == 6
+    assert (run / "student" / "model.safetensors").is_file()
+
+
+@pytest.fixture(scope="module")
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head node of its own, as `ray start --head` makes it, with token authentication."""
+    folder = tmp_path_factory.mktemp("ray")
+    (folder / "token").write_text("0123456789abcdef" * 4)
+    ports = ["--port=46379", "--dashboard-port=48265", "--dashboard-agent-listen-port=48365", "--ray-client-server-port=46001"]
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    host = ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", "--num-gpus=0", "--block", "--disable-usage-stats"]
+    env = os.environ | token | {"PATH": f"{BIN}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    with (folder / "log").open("w") as log:
+        head = subprocess.Popen([BIN / "ray", "start", "--head", *ports, *host], env=env, stdout=log, stderr=log, cwd=folder)
+    yield token | {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:48265", "RAY_ADDRESS": "http://127.0.0.1:48265"}
+    head.terminate()
+    head.wait(60)
+
+
+@pytest.mark.stack
+@pytest.mark.timeout(600)
+def test_a_run_is_a_plain_ray_job_whose_failure_is_an_exit_code(ray_head: dict[str, str], tmp_path: Path):
+    submit = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--runtime-env-json"]
+    environment = json.dumps({"env_vars": {"RAYKD_RUNS": str(tmp_path), "HF_HUB_OFFLINE": "1"}})
+    script = ["--", "python", "experiments/minillm_llama13b.py", "--scale", "tiny"]
+    fewer = ["--learner.ranks", "1", "--teachers.replicas", "1", "--rollout.replicas", "1"]
+    for _ in range(60):  # until the head accepts jobs
+        done = command(*submit, environment, *script, "--stepps", "1", runs=tmp_path, **ray_head)
+        if "Unrecognized" in done.stdout + done.stderr:
+            break
+    assert done.returncode != 0 and "--stepps" in done.stdout + done.stderr
+    done = command(*submit, environment, *script, *fewer, runs=tmp_path, **ray_head)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "held out after step 6" in done.stdout
+    assert (tmp_path / "minillm-llama-tiny" / "student" / "model.safetensors").is_file()
+    refused = command(*submit, environment, *script, runs=tmp_path, **(ray_head | {"RAY_AUTH_TOKEN_PATH": os.devnull}))
+    assert refused.returncode != 0 and "token" in (refused.stdout + refused.stderr).lower()
