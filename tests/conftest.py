@@ -1,11 +1,13 @@
 """What every test stands on: the environment of its processes, and the folder of data and models."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))  # a script finds what lies beside it; so do its tests
 
 # Before any import of a library that reads them; what the caller has set stays.
 os.environ.setdefault("RAYKD_DATA", str(ROOT.parent / "shared"))

@@ -1,16 +1,11 @@
 """The experiments' own text for tests: dates said in English, and their tokenizer, made once a session."""
 
-import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
+import spoken_dates
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-sys.path.insert(0, str(EXPERIMENTS))
-
-import spoken_dates  # noqa: E402
 
 
 @cache

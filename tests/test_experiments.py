@@ -5,23 +5,23 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
 import pytest
 import spoken_dates
-from example_text import EXPERIMENTS
 
 from raykd.experiment import Experiment
 
-ROOT = EXPERIMENTS.parent
+ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
 
-def command(*arguments: str, runs: Path, timeout: int = 540, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = os.environ | {"RAYKD_RUNS": str(runs), "PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"} | environment
-    return subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False)
+def command(*arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{BIN}:{os.environ['PATH']}"} | environment
+    return subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=540, check=False)
 
 
 def test_the_language_of_dates_is_right():
@@ -65,7 +65,9 @@ def test_the_13b_layout_is_the_one_its_docstring_draws():
 @pytest.mark.stack
 @pytest.mark.timeout(600)
 def test_minillm_llama13b_runs_at_tiny_scale_with_its_own_layout(tmp_path: Path):
-    done = command(sys.executable, "experiments/minillm_llama13b.py", "--scale", "tiny", runs=tmp_path)
+    done = command(
+        sys.executable, "experiments/minillm_llama13b.py", "--scale", "tiny", environment={"RAYKD_RUNS": str(tmp_path)}
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "minillm-llama-tiny"
     described = json.loads((run / "experiment.json").read_text())["experiment"]
@@ -95,18 +97,24 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str
 @pytest.mark.stack
 @pytest.mark.timeout(600)
 def test_a_run_is_a_plain_ray_job_whose_failure_is_an_exit_code(ray_head: dict[str, str], tmp_path: Path):
-    submit = [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--runtime-env-json"]
-    environment = json.dumps({"env_vars": {"RAYKD_RUNS": str(tmp_path), "HF_HUB_OFFLINE": "1"}})
+    env_vars = {"RAYKD_RUNS": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     script = ["--", "python", "experiments/minillm_llama13b.py", "--scale", "tiny"]
-    fewer = ["--learner.ranks", "1", "--teachers.replicas", "1", "--rollout.replicas", "1"]
-    for _ in range(60):  # until the head accepts jobs
-        done = command(*submit, environment, *script, "--stepps", "1", runs=tmp_path, **ray_head)
-        if "Unrecognized" in done.stdout + done.stderr:
-            break
-    assert done.returncode != 0 and "--stepps" in done.stdout + done.stderr
-    done = command(*submit, environment, *script, *fewer, runs=tmp_path, **ray_head)
+
+    def submit(*options: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        job = ["ray", "job", "submit", "--working-dir", ".", "--runtime-env-json", json.dumps({"env_vars": env_vars})]
+        return command(*job, *script, *options, environment=ray_head | changes)
+
+    wrong = submit("--stepps", "1")
+    deadline = time.monotonic() + 90
+    while "Unrecognized" not in wrong.stdout + wrong.stderr and time.monotonic() < deadline:  # until the head accepts jobs
+        time.sleep(2)
+        wrong = submit("--stepps", "1")
+    assert wrong.returncode != 0 and "--stepps" in wrong.stdout + wrong.stderr
+
+    done = submit("--learner.ranks", "1", "--teachers.replicas", "1", "--rollout.replicas", "1")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "held out after step 6" in done.stdout
     assert (tmp_path / "minillm-llama-tiny" / "student" / "model.safetensors").is_file()
-    refused = command(*submit, environment, *script, runs=tmp_path, **(ray_head | {"RAY_AUTH_TOKEN_PATH": os.devnull}))
+
+    refused = submit(RAY_AUTH_TOKEN_PATH=os.devnull)
     assert refused.returncode != 0 and "token" in (refused.stdout + refused.stderr).lower()
