@@ -40,18 +40,23 @@ class Folder:
 
     pairs: Path
     """JSONL rows with ``prompt`` and ``response``."""
+    noisy: Path
+    """The same, but some answers belong to another date."""
     texts: Path
     """JSONL rows with ``text``."""
     tokenizer: Path
 
 
-def write(folder: Path, rows: int, seed: int = 0) -> Folder:
-    """Question/answer pairs, the same language as plain text, and a tokenizer that reads digit by digit."""
+def write(folder: Path, rows: int, wrong: float = 0.3, seed: int = 0) -> Folder:
+    """Question/answer pairs, also with a share ``wrong`` of answers mixed up, plain text, and a tokenizer that reads digit by digit."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = Folder(folder / "pairs.jsonl", folder / "texts.jsonl", folder / "tokenizer")
-    pairs, more = list(sample(rows, seed)), list(sample(rows, seed + 1))
-    written.pairs.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in pairs), encoding="utf-8")
-    written.texts.write_text("".join(json.dumps({"text": p + r}) + "\n" for p, r in more), encoding="utf-8")
+    written = Folder(folder / "pairs.jsonl", folder / "noisy.jsonl", folder / "texts.jsonl", folder / "tokenizer")
+    pairs, others = list(sample(rows, seed)), list(sample(rows, seed + 1))
+    draw = random.Random(seed)
+    noisy = [(p, other if draw.random() < wrong else r) for (p, r), (_, other) in zip(pairs, others, strict=True)]
+    for path, answered in ((written.pairs, pairs), (written.noisy, noisy)):
+        path.write_text("".join(json.dumps({"prompt": p, "response": r}) + "\n" for p, r in answered), encoding="utf-8")
+    written.texts.write_text("".join(json.dumps({"text": p + r}) + "\n" for p, r in others), encoding="utf-8")
     tokenizer([p + r for p, r in pairs]).save_pretrained(written.tokenizer)
     return written
 
