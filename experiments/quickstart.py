@@ -28,7 +28,7 @@ from raykd.prompts import Pairs
 from raykd.run import run
 
 WORK = Path(os.environ.get("RAYKD_RUNS", "runs")) / "quickstart-data"
-TEACHER_STEPS, SFT_STEPS, DISTIL_STEPS = 500, 400, 80
+TEACHER_STEPS, SFT_STEPS, DISTIL_STEPS = 700, 550, 96
 
 
 def llama(hidden: int, layers: int) -> dict[str, object]:

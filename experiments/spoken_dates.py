@@ -48,7 +48,7 @@ class Folder:
 
 
 def write(folder: Path, rows: int, wrong: float = 0.3, seed: int = 0) -> Folder:
-    """Question/answer pairs, also with a share ``wrong`` of answers mixed up, plain text, and a tokenizer that reads digit by digit."""
+    """Pairs, the same with a share ``wrong`` of answers mixed up, plain text, and a tokenizer that reads digit by digit."""
     folder.mkdir(parents=True, exist_ok=True)
     written = Folder(folder / "pairs.jsonl", folder / "noisy.jsonl", folder / "texts.jsonl", folder / "tokenizer")
     pairs, others = list(sample(rows, seed)), list(sample(rows, seed + 1))
