@@ -46,9 +46,10 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
     data = prepare(experiment, tokenizer)
     connect(experiment)
     folder = resume or new_folder(experiment)
+    student, teacher = experiment.student, experiment.teacher
     facts = ModelFacts(
-        student=str(initial_student(experiment, tokenizer, folder)),
-        teacher=experiment.teacher.path if experiment.teacher else None,
+        student=weights("student", student, tokenizer, experiment, folder),
+        teacher=weights("teacher", teacher, tokenizer, experiment, folder) if teacher else None,
         vocab_size=len(tokenizer),
         eos_ids=(eos_id(tokenizer),),
         max_length=experiment.max_length,
@@ -160,20 +161,20 @@ def load_experiment(folder: Path) -> Experiment:
     return Experiment.model_validate(json.loads(path.read_text(encoding="utf-8"))["experiment"])
 
 
-def initial_student(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, folder: Path) -> str | Path:
-    """Where the student's initial weights are; an architecture from scratch is initialised into the run directory."""
-    if experiment.student.scratch is None:
-        return experiment.student.path
-    target = folder / "student_init"
+def weights(role: str, model: Model, tokenizer: PreTrainedTokenizerBase, experiment: Experiment, folder: Path) -> str:
+    """Where a model's weights are; an architecture from scratch is initialised into the run directory first."""
+    if model.scratch is None:
+        return model.path
+    target = folder / f"{role}_init"
     if not target.exists():
         import torch
 
         torch.manual_seed(experiment.seed)
-        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **experiment.student.scratch})
+        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **model.scratch})
         config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, None
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(target)
         tokenizer.save_pretrained(target)
-    return target
+    return str(target)
 
 
 def _load(role: str, model: Model, loader: Any) -> Any:
