@@ -2,18 +2,19 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 import tyro
 from pydantic import ValidationError
 from rich.console import Console
+from rich.markup import escape
 
 from raykd.experiment import Experiment
 
 KEEP_BRANCHES = (tyro.conf.AvoidSubcommands,)
 """Which algorithm a stage runs is written in the file; options change its fields."""
-
 
 ALSO = """
 
@@ -45,17 +46,17 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
 
         result = run(experiment, resume=options.resume, console=console)
     except ValidationError as error:
-        for problem in error.errors():
-            where = ".".join(map(str, problem["loc"]))
-            console.print(
-                f"[red]error:[/red] {where + ': ' if where else ''}{problem['msg'].removeprefix('Value error, ')}",
-                highlight=False,
-            )
-        sys.exit(2)
+        _refuse(console, (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()))
     except ValueError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, markup=True)
-        sys.exit(2)
-    console.print(f"student: {result.student}", highlight=False)
+        _refuse(console, [str(error)])
+    else:
+        console.print(f"student: {result.student}", highlight=False, soft_wrap=True)
+
+
+def _refuse(console: Console, reasons: Iterable[str]) -> NoReturn:
+    for reason in reasons:
+        console.print(f"[red]error:[/red] {escape(reason.replace('Value error, ', '').removeprefix(': '))}", highlight=False)
+    sys.exit(2)
 
 
 def _options(scales: list[str]) -> argparse.ArgumentParser:

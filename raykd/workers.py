@@ -36,7 +36,7 @@ class Workers:
     def __init__(self, experiment: Experiment, facts: ModelFacts) -> None:
         rollout, teachers, learner = experiment.rollout, experiment.teachers, experiment.learner
         num_teachers = teachers.replicas if facts.teacher else 0
-        num_rollouts = rollout.replicas if experiment.samples() or experiment.evaluation.prompts else 0
+        num_rollouts = rollout.replicas if experiment.samples() or (facts.teacher and experiment.evaluation.prompts) else 0
         self._placement = Placement(
             [learner.gpus] * learner.ranks + [teachers.gpus] * num_teachers + [rollout.gpus] * num_rollouts
         )
@@ -57,11 +57,11 @@ class Workers:
         self.learner = LearnerGang(ranks, learner.deadline_s)
         self.teachers = Fleet("teacher", scorers, teachers.engine.deadline_s) if scorers else None
         self.rollouts = Fleet("rollout", writers, rollout.engine.deadline_s) if writers else None
-        self.replay = self._start_replay(experiment)
-        self._start(scorers + writers)
         self._update: WeightUpdate | None = None
         self._learner_version = self._rollout_version = 0
         self._usage: dict[str, float] = {}
+        self.replay = self._start_replay(experiment)
+        self._start(scorers + writers)
 
     @property
     def version(self) -> int:
