@@ -118,3 +118,16 @@ def test_a_run_is_a_plain_ray_job_whose_failure_is_an_exit_code(ray_head: dict[s
 
     refused = submit(RAY_AUTH_TOKEN_PATH=os.devnull)
     assert refused.returncode != 0 and "token" in (refused.stdout + refused.stderr).lower()
+
+
+@pytest.mark.stack
+@pytest.mark.timeout(600)
+def test_stories_minillm_distils_a_real_pretrained_model(data: Path, tmp_path: Path):
+    few = ["--stages.0.steps", "20", "--stages.1.steps", "4", "--evaluation.prompts", "16"]
+    environment = {"RAYKD_DATA": str(data), "RAYKD_RUNS": str(tmp_path)}
+    done = command(sys.executable, "experiments/stories_minillm.py", *few, environment=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "stories-minillm" / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "heldout/loss" in line]
+    assert [line["step"] for line in measured] == [0, 20, 24]
+    assert measured[-1]["heldout/forward_kl"] < measured[0]["heldout/forward_kl"] - 0.5
