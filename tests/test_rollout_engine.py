@@ -94,7 +94,7 @@ def test_a_response_depends_on_its_own_seed_and_not_on_its_batch(share):
 
 def test_more_prompt_tokens_than_one_step_takes_are_written_with_their_own_seeds():
     """vLLM would prefill one of these prompts in two pieces, and then fail to rewind its seeded generator on CPU."""
-    engine = new_engine(STORIES)
+    engine = worker(STORIES).engine
     long = tuple(range(3, 203))
     together = [engine.complete(long[index % 7 :], 2, seed=index) for index in range(CPU_STEP_TOKENS // 190 + 8)]
 
@@ -102,7 +102,6 @@ def test_more_prompt_tokens_than_one_step_takes_are_written_with_their_own_seeds
         return await asyncio.gather(*together)
 
     assert all(len(completion.tokens) <= 2 for completion in wait(all_at_once()))
-    engine.close()
 
 
 def test_seeds_are_the_same_in_every_process():
