@@ -163,32 +163,6 @@ def test_responses_in_progress_are_finished_by_the_version_that_began_them():
             torch.testing.assert_close(torch.tensor(rollout.student_logprobs), expected, atol=1e-4, rtol=0)
 
 
-def test_an_incomplete_update_stops_the_engine_and_every_caller_learns_why():
-    engine, update = new_engine(folder("tiny-q")), publish(reference(folder("tiny-q")), version=1)
-
-    async def load_and_complete():
-        partial = WeightUpdate(version=1, buckets=update.buckets[:1], bytes=0)
-        loading = asyncio.ensure_future(engine.load(partial, fetch=lambda bucket: bucket))
-        await asyncio.sleep(0.01)
-        return await asyncio.gather(loading, engine.complete([1, 2], 8, seed=0), return_exceptions=True)
-
-    assert len(update.buckets) > 1, "one bucket would be a complete update"
-    loading, waiting = wait(load_and_complete())
-    assert isinstance(loading, ValueError) and "misses values of" in str(loading)
-    assert isinstance(waiting, RuntimeError) and "misses values of" in str(waiting)
-    with pytest.raises(RuntimeError, match="start a new one"):
-        wait(engine.complete([1, 2], 8, seed=0))
-    engine.close()
-
-
-def test_a_late_answer_is_an_error_and_frees_its_place():
-    engine = new_engine(folder("tiny-q"), deadline_s=1e-4)
-    with pytest.raises(TimeoutError, match="raise deadline_s"):
-        wait(engine.complete([1, 2], 200, seed=0))
-    assert engine._thread.exclusive(lambda vllm: vllm.get_num_unfinished_requests()).result(timeout=60) == 0
-    engine.close()
-
-
 def test_padding_of_the_vocabulary_is_never_sampled_and_has_no_probability():
     model = folder("tiny-q")
     written = wait(_many(worker(model).engine, 64))
@@ -215,3 +189,32 @@ def test_what_cannot_be_answered_is_refused_with_a_remedy():
         wait(worker(STORIES).generate(requests(), 0.2, 10))
     with pytest.raises(ValueError, match="more than the 512 rows"):
         new_engine(STORIES, vocab_size=600)
+
+
+# Last: an engine that ends takes the process groups with it that vLLM shares among the engines of a process.
+
+
+def test_an_incomplete_update_stops_the_engine_and_every_caller_learns_why():
+    engine, update = new_engine(folder("tiny-q")), publish(reference(folder("tiny-q")), version=1)
+
+    async def load_and_complete():
+        partial = WeightUpdate(version=1, buckets=update.buckets[:1], bytes=0)
+        loading = asyncio.ensure_future(engine.load(partial, fetch=lambda bucket: bucket))
+        await asyncio.sleep(0.01)
+        return await asyncio.gather(loading, engine.complete([1, 2], 8, seed=0), return_exceptions=True)
+
+    assert len(update.buckets) > 1, "one bucket would be a complete update"
+    loading, waiting = wait(load_and_complete())
+    assert isinstance(loading, ValueError) and "misses values of" in str(loading)
+    assert isinstance(waiting, RuntimeError) and "misses values of" in str(waiting)
+    with pytest.raises(RuntimeError, match="start a new one"):
+        wait(engine.complete([1, 2], 8, seed=0))
+    engine.close()
+
+
+def test_a_late_answer_is_an_error_and_frees_its_place():
+    engine = new_engine(folder("tiny-q"), deadline_s=1e-4)
+    with pytest.raises(TimeoutError, match="raise deadline_s"):
+        wait(engine.complete([1, 2], 200, seed=0))
+    assert engine._thread.exclusive(lambda vllm: vllm.get_num_unfinished_requests()).result(timeout=60) == 0
+    engine.close()
