@@ -148,7 +148,8 @@ def test_responses_in_progress_are_finished_by_the_version_that_began_them():
         writing = asyncio.ensure_future(student.generate(requests(), 0.0, 100))
         await asyncio.sleep(0.05)
         loading = asyncio.ensure_future(student.load(publish(changed, version=3), fetch=lambda bucket: bucket))
-        await asyncio.sleep(0.01)
+        while not (student._loading or loading.done()):  # fetching takes as long as it takes
+            await asyncio.sleep(0.001)
         later = asyncio.ensure_future(student.generate(requests(), 0.0, 100))
         return await writing, await loading, await later
 
