@@ -10,6 +10,7 @@ from raykd.algorithms.base import Needs
 from raykd.experiment import TeacherConfig
 from raykd.projection import Head, teacher_probe
 from raykd.records import Rollout, Scores
+from raykd.student import logit_scale_and_softcap
 
 
 class Teacher:
@@ -69,12 +70,9 @@ def head_of(model: PreTrainedModel) -> Head:
     output = model.get_output_embeddings()
     if output is None or getattr(config, "word_embed_proj_dim", config.hidden_size) != config.hidden_size:
         raise ValueError(f"teacher architecture {config.model_type} has no plain linear head; it cannot send hidden states yet")
-    return Head(
-        weight=output.weight.detach(),
-        bias=None if getattr(output, "bias", None) is None else output.bias.detach(),
-        scale=float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0),
-        softcap=getattr(config, "final_logit_softcapping", None),
-    )
+    scale, softcap = logit_scale_and_softcap(config)
+    bias = None if getattr(output, "bias", None) is None else output.bias.detach()
+    return Head(weight=output.weight.detach(), bias=bias, scale=scale, softcap=softcap)
 
 
 def _by_length(rollouts: Sequence[Rollout], batch_tokens: int) -> list[list[int]]:

@@ -3,15 +3,13 @@
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor
 
-from raykd.algorithms.base import Algorithm, Mixture, Needs, PerToken, Progress, Reduction
-from raykd.algorithms.gkd import GKD, AdaptiveKL
+from raykd.algorithms.base import Reduction
+from raykd.algorithms.gkd import GKD, AdaptiveKL, NamedGKD
 from raykd.divergences import Boundary
-from raykd.records import Batch
 
 
-class AKL(Algorithm):
+class AKL(NamedGKD):
     """Adaptive KL on the data set's responses; Wu et al., arXiv 2404.02657.
 
     At every position t, over the whole vocabulary,
@@ -41,16 +39,3 @@ class AKL(Algorithm):
         """The same objective as a token-level divergence on a share of the student's text."""
         divergence = AdaptiveKL(head_mass=self.head_mass, boundary=self.boundary)
         return GKD(divergence=divergence, student_share=self.student_share, reduction=self.reduction)
-
-    @property
-    def needs(self) -> Needs:
-        return self.distillation.needs
-
-    def mixture(self, progress: Progress) -> Mixture:
-        return self.distillation.mixture(progress)
-
-    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor) -> PerToken:
-        return self.distillation.per_token(student, teacher, tokens)
-
-    def loss(self, per_token: PerToken, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.distillation.loss(per_token, batch)

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor
 
-from raykd.algorithms.base import Algorithm, Mixture, Needs, PerToken, Progress, Reduction
-from raykd.algorithms.gkd import GKD, SkewForwardKL, SkewReverseKL
-from raykd.records import Batch
+from raykd.algorithms.base import Reduction
+from raykd.algorithms.gkd import GKD, NamedGKD, SkewForwardKL, SkewReverseKL
 
 SkewKL = Annotated[SkewForwardKL | SkewReverseKL, Field(discriminator="kind")]
 
 
-class DistiLLM(Algorithm):
+class DistiLLM(NamedGKD):
     """Skew KL on the data set's and the student's responses; Ko et al., arXiv 2402.03898.
 
         L = sum_t D(p_t, q_t),   D = SRKL = KL(q || (1 - alpha) p + alpha q)   or   SKL = KL(p || alpha p + (1 - alpha) q)
@@ -37,19 +35,6 @@ class DistiLLM(Algorithm):
     def distillation(self) -> GKD:
         """The same objective as a token-level divergence on a share of the student's text."""
         return GKD(divergence=self.divergence, student_share=self.student_share, reduction=self.reduction)
-
-    @property
-    def needs(self) -> Needs:
-        return self.distillation.needs
-
-    def mixture(self, progress: Progress) -> Mixture:
-        return self.distillation.mixture(progress)
-
-    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor) -> PerToken:
-        return self.distillation.per_token(student, teacher, tokens)
-
-    def loss(self, per_token: PerToken, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.distillation.loss(per_token, batch)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

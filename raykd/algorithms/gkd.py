@@ -181,3 +181,25 @@ class GKD(TokenDistillation):
 
     def mixture(self, progress: Progress) -> Mixture:
         return Mixture(dataset=1 - self.student_share, student=self.student_share)
+
+
+class NamedGKD(Algorithm):
+    """A method that is a token-level divergence on a share of the student's text: GKD under its own name and hyper-parameters."""
+
+    @property
+    @abstractmethod
+    def distillation(self) -> GKD:
+        """The same objective as a GKD value."""
+
+    @property
+    def needs(self) -> Needs:
+        return self.distillation.needs
+
+    def mixture(self, progress: Progress) -> Mixture:
+        return self.distillation.mixture(progress)
+
+    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor) -> PerToken:
+        return self.distillation.per_token(student, teacher, tokens)
+
+    def loss(self, per_token: PerToken, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.distillation.loss(per_token, batch)
