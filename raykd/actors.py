@@ -13,7 +13,7 @@ import ray
 from ray.actor import ActorHandle
 
 from raykd.algorithms.base import Needs
-from raykd.experiment import EngineConfig, LearnerConfig, Optimiser, TeacherConfig
+from raykd.experiment import EngineConfig, LearnerConfig, Optimiser, RewardConfig, TeacherConfig
 from raykd.records import Rollout
 from raykd.rollout.config import EngineSettings
 from raykd.weights import WeightUpdate
@@ -82,9 +82,11 @@ class TeacherActor(_Replica):
 
             self._engine = VllmEngine(facts.teacher, facts.engine(config.engine), facts.eos_ids)
 
-    async def score(self, rollouts: Sequence[Rollout], needs: Needs) -> list[ray.ObjectRef]:
-        """One reference: to the block of scores, which stays in this node's object store."""
-        return [ray.put(await asyncio.to_thread(self._teacher.score, rollouts, needs))]
+    async def score(self, rollouts: Sequence[Rollout], needs: Needs) -> tuple[ray.ObjectRef | None, list[tuple[float, ...]]]:
+        """A reference to the block of scores, which stays in this node's object store, and log p of every token."""
+        scores = await asyncio.to_thread(self._teacher.score, rollouts, needs)
+        reference = ray.put(scores) if needs is Needs.DISTRIBUTION else None
+        return reference, [tuple(scores.row(index).logprobs.tolist()) for index in range(len(rollouts))]
 
     async def complete(self, tokens: Sequence[int], max_tokens: int, seed: int) -> Any:
         assert self._engine is not None, "no stage mixes teacher tokens in"
@@ -93,6 +95,18 @@ class TeacherActor(_Replica):
     async def head(self) -> list[ray.ObjectRef]:
         """One reference: to the frozen copy of the head that every learner rank holds."""
         return [ray.put(self._teacher.head())]
+
+
+class RewardActor(_Replica):
+    """The experiment's reward of a response."""
+
+    def __init__(self, config: RewardConfig, facts: ModelFacts) -> None:
+        from raykd.reward import Reward
+
+        self._reward = Reward(config, tokenizer=facts.student)
+
+    async def rate(self, rollouts: Sequence[Rollout]) -> list[float]:
+        return await asyncio.to_thread(self._reward.rate, rollouts)
 
 
 class RemoteWriter:

@@ -115,7 +115,7 @@ def collate(
         slots=torch.tensor(slots, dtype=torch.int64),
         tokens=torch.tensor(tokens, dtype=torch.int64),
         **teacher,
-        batch=_batch(rows, responses, firsts, scores, totals),
+        batch=_batch(rows, responses, firsts, totals),
     )
 
 
@@ -123,19 +123,18 @@ def _batch(
     rows: Sequence[Row],
     responses: Sequence[Sequence[int]],
     firsts: Sequence[int],
-    scores: Sequence[Scores | None],
     totals: Totals,
 ) -> Batch:
     tokens = _padded(responses, 0, torch.int64)
     slots = torch.arange(tokens.shape[1])
     mask = (slots >= torch.tensor(firsts)[:, None]) & (slots < torch.tensor([len(response) for response in responses])[:, None])
     student = _padded([row.rollout.student_logprobs or () for row in rows] or [()], 0.0, torch.float32, tokens.shape[1])
-    teacher = _padded([() if score is None else score.logprobs.tolist() for score in scores], 0.0, torch.float32, tokens.shape[1])
+    teacher = _padded([row.teacher_logprobs or () for row in rows] or [()], 0.0, torch.float32, tokens.shape[1])
     shares = torch.tensor([row.rollout.teacher_share for row in rows] or [0.0])[:, None]
-    # Without teacher scores, which is where the algorithm needs none, the law of a teacher-mixed response is not known.
+    # Without the teacher's log-probs, which is where the algorithm needs none, the law of a mixed response is not known.
     known = [
-        row.rollout.source is not Source.DATASET and not (score is None and row.rollout.teacher_share > 0)
-        for row, score in zip(rows, scores, strict=False)
+        row.rollout.source is not Source.DATASET and not (row.teacher_logprobs is None and row.rollout.teacher_share > 0)
+        for row in rows
     ]
     behaviour = torch.where(shares > 0, mixture_logprobs(student, teacher, shares), student)
     return Batch(
@@ -145,21 +144,22 @@ def _batch(
         student_logprobs=torch.where(mask, student, 0.0),
         teacher_logprobs=torch.where(mask, teacher, 0.0),
         behaviour_logprobs=torch.where(mask & torch.tensor(known or [False])[:, None], behaviour, 0.0),
+        by_student=torch.tensor([row.rollout.source in (Source.STUDENT, Source.MIXED) for row in rows] or [False]),
+        rewards=torch.tensor([row.reward for row in rows] or [0.0]),
     )
 
 
 def _scores(row: Row, needs: Needs, fetch: Fetch) -> Scores | None:
-    """The scores of one row, or None where the algorithm asks for none."""
+    """The scores of one row, or None where the algorithm does not ask for the teacher's distribution."""
     if needs is Needs.NOTHING:
         return None
     name = f"rollout {row.rollout.prompt_id}/{row.rollout.sample}"
-    if row.scores is None:
+    if row.teacher_logprobs is None or (needs is Needs.DISTRIBUTION and row.scores is None):
         raise ValueError(f"{name} has no teacher scores, but the algorithm needs them; score it before the step")
-    scores = fetch(row.scores).row(row.index)
-    if len(scores.logprobs) != len(row.rollout.tokens):
-        raise ValueError(f"{name} has {len(row.rollout.tokens)} tokens but {len(scores.logprobs)} scores: they are another row's")
-    if needs is Needs.DISTRIBUTION and scores.hidden is None and scores.logits is None:
-        raise ValueError(f"{name}: the algorithm needs the teacher's distribution, but its scores hold only sampled log-probs")
+    scores = fetch(row.scores).row(row.index) if needs is Needs.DISTRIBUTION else None
+    num_scored = len(row.teacher_logprobs) if scores is None else len(scores.logprobs)
+    if num_scored != len(row.rollout.tokens):
+        raise ValueError(f"{name} has {len(row.rollout.tokens)} tokens but {num_scored} scores: they are another row's")
     return scores
 
 

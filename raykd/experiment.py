@@ -9,12 +9,15 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from raykd.algorithms import AnyAlgorithm
-from raykd.algorithms.base import Needs, Progress
+from raykd.algorithms import AnyAlgorithm, DistiLLM
+from raykd.algorithms.base import Needs, Replay
 from raykd.prompts import Documents, Pairs
+from raykd.records import Source
 
 Positive = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "bfloat16"]
+TEACHER_WRITES = frozenset({Source.MIXED, Source.TEACHER})
+"""Responses for which the teacher needs an engine of its own."""
 
 
 class _Value(BaseModel):
@@ -64,6 +67,14 @@ class Stage(_Value):
     def steps_per_phase(self) -> int:
         """Optimiser steps between two calls to the rollout fleet."""
         return self.rows_per_phase // self.batch_size * self.algorithm.inner_epochs
+
+    @property
+    def replay(self) -> Replay:
+        """The bounds of the replay buffer: the algorithm's own, else every response is used in its phase alone."""
+        for_a_phase = Replay(
+            capacity=self.rows_per_phase, max_staleness=self.steps_per_phase, samples_per_insert=self.algorithm.inner_epochs
+        )
+        return self.algorithm.replay or for_a_phase
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -120,6 +131,31 @@ class TeacherConfig(_Value):
     threads: Positive = 1
 
 
+class FunctionReward(_Value):
+    """A Python function ``reward(prompts: list[str], responses: list[str]) -> list[float]``."""
+
+    kind: Literal["function"] = "function"
+    name: str = Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")
+    """``package.module:function`` or ``folder/file.py:function``, importable where the workers run."""
+    deadline_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for the rewards of a phase."""
+
+
+class ClassifierReward(_Value):
+    """A Hugging Face sequence classifier on prompt and response: the log-probability of one label, or its single logit."""
+
+    kind: Literal["classifier"] = "classifier"
+    path: str
+    """Folder or Hub name."""
+    label: int = Field(default=0, ge=0)
+    batch_size: Positive = 16
+    deadline_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for the rewards of a phase."""
+
+
+RewardConfig = Annotated[FunctionReward | ClassifierReward, Field(discriminator="kind")]
+
+
 class LearnerConfig(_Value):
     """DeepSpeed ranks."""
 
@@ -169,6 +205,8 @@ class Experiment(_Value):
     text_length: int = Field(default=512, ge=2)
     """Tokens of one chunk of plain text."""
     stages: tuple[Stage, ...] = Field(min_length=1)
+    reward: RewardConfig | None = None
+    """What rates the student's responses, for methods that add a reward to the distillation."""
     max_prompt: Positive = 256
     """Longest prompt, tokens; longer ones are left out."""
     max_response: Positive = 256
@@ -188,22 +226,39 @@ class Experiment(_Value):
     @model_validator(mode="after")
     def _complete(self) -> Self:
         for index, stage in enumerate(self.stages):
-            where, kind = f"stages.{index}", type(stage.algorithm).__name__
-            mixture = stage.algorithm.mixture(Progress(step=0, steps=stage.steps))
-            if self.teacher is None and (stage.algorithm.needs is not Needs.NOTHING or mixture.teacher_share > 0):
-                raise ValueError(f"{where}: {kind} needs a teacher, but teacher is not set; name a model")
-            if self.text is None and stage.algorithm.text_weight > 0:
+            algorithm, where = stage.algorithm, f"stages.{index}: {type(stage.algorithm).__name__}"
+            text = algorithm.text
+            needs = {algorithm.needs} | ({text.algorithm.needs} if text else set())
+            if self.teacher is None and (needs != {Needs.NOTHING} or algorithm.writers & TEACHER_WRITES):
+                raise ValueError(f"{where} needs a teacher, but teacher is not set; name a model")
+            if self.text is None and text is not None:
                 raise ValueError(
-                    f"{where}: {kind} has text_weight {stage.algorithm.text_weight}, but text is not set; "
-                    "name plain text, or set text_weight to 0"
+                    f"{where} has text_coefficient {text.weight:g}, but text is not set; "
+                    "name plain text, or set text_coefficient to 0"
                 )
-            if mixture.dataset > 0 and isinstance(self.data, Pairs) and self.data.response is None:
-                raise ValueError(f"{where}: {kind} learns from reference answers, but data.response is not set; name the field")
+            if Source.DATASET in algorithm.writers and isinstance(self.data, Pairs) and self.data.response is None:
+                raise ValueError(f"{where} learns from reference answers, but data.response is not set; name the field")
+            if algorithm.needs_reward and self.reward is None:
+                raise ValueError(f"{where} has a reward_weight, but reward is not set; name a function or a classifier")
+            if isinstance(algorithm, DistiLLM) and algorithm.schedule.step > 0:
+                self._can_validate(where)
         if self.learner.ranks > min(stage.batch_size for stage in self.stages):
             raise ValueError(
                 f"learner.ranks {self.learner.ranks} is more than the smallest batch_size of the stages; use fewer ranks"
             )
         return self
+
+    def _can_validate(self, where: str) -> None:
+        remedy = "or set schedule.step to 0, which keeps schedule.start"
+        if not self.evaluation.every or not self.evaluation.prompts:
+            raise ValueError(
+                f"{where} raises its share of student text by held-out losses, but evaluation.every is "
+                f"{self.evaluation.every} and evaluation.prompts {self.evaluation.prompts}; set both, {remedy}"
+            )
+        if isinstance(self.data, Pairs) and self.data.response is None:
+            raise ValueError(
+                f"{where} needs the loss of held-out answers, but data.response is not set; name the field, {remedy}"
+            )
 
     @property
     def max_length(self) -> int:
@@ -212,11 +267,11 @@ class Experiment(_Value):
 
     def mixes(self) -> bool:
         """Whether any stage has the teacher write tokens."""
-        return any(stage.algorithm.mixture(Progress(step=0, steps=stage.steps)).teacher_share > 0 for stage in self.stages)
+        return any(stage.algorithm.writers & TEACHER_WRITES for stage in self.stages)
 
     def samples(self) -> bool:
-        """Whether any stage has the student write responses."""
-        return any(stage.algorithm.mixture(Progress(step=0, steps=stage.steps)).student > 0 for stage in self.stages)
+        """Whether any stage has responses written that are not in the data."""
+        return any(stage.algorithm.writers - {Source.DATASET} for stage in self.stages)
 
     def gpus(self) -> float:
         """GPUs the whole run asks for."""

@@ -21,8 +21,9 @@ from raykd.records import Scores
 
 Projection = Callable[[Tensor], Tensor]
 """Hidden states ``[n, H]`` to logits ``[n, V or more]``: a ``Head``, or the student's own output module."""
-Reduce = Callable[[Tensor, Tensor | None, Tensor], dict[str, Tensor]]
-"""Student and teacher log-probs ``[n, V]`` and tokens ``[n]`` to ``{name: [n]}``: an algorithm's ``per_token``."""
+Reduce = Callable[[Tensor, Tensor | None, Tensor, dict[str, Tensor]], dict[str, Tensor]]
+"""Student and teacher log-probs ``[n, V]``, tokens ``[n]`` and what is given of them ``{name: [n]}``, to ``{name: [n]}``: an
+algorithm's ``per_token``."""
 
 CHUNK_ELEMENTS = 2**25
 """Logits of one chunk when no chunk is asked for: 128 MiB in float32, 1,048 positions at V = 32,000."""
@@ -83,6 +84,7 @@ def per_token(
     reduce: Reduce,
     *,
     vocab_size: int,
+    given: dict[str, Tensor] | None = None,
     chunk: int | None = None,
     teacher_hidden: Tensor | None = None,
     teacher_head: Projection | None = None,
@@ -103,12 +105,14 @@ def per_token(
     if probe is not None and teacher_states is None:
         raise ValueError("per_token: a probe needs teacher_hidden or teacher_logits to compare with")
 
-    def reduce_chunk(hidden: Tensor, states: Tensor | None, chosen: Tensor) -> tuple[dict[str, Tensor], Probe | None]:
+    def reduce_chunk(
+        hidden: Tensor, states: Tensor | None, chosen: Tensor, given: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Probe | None]:
         student = torch.log_softmax(_cut(student_head(hidden), vocab_size), dim=-1)
         if states is None:
-            return reduce(student, None, chosen), None
+            return reduce(student, None, chosen, given), None
         teacher, rebuilt = _teacher(states, teacher_head, chosen, vocab_size)
-        return reduce(student, teacher, chosen), rebuilt
+        return reduce(student, teacher, chosen, given), rebuilt
 
     reduced: list[dict[str, Tensor]] = []
     rebuilt: list[Probe] = []
@@ -116,8 +120,9 @@ def per_token(
     recomputed = partial(checkpoint, reduce_chunk, use_reentrant=False, preserve_rng_state=False)
     run_chunk = reduce_chunk if len(chunks) == 1 else recomputed  # a single chunk is the bound: recomputing it would save nothing
     for rows in chunks:
-        inputs = _rows(student_hidden, rows), None if teacher_states is None else _rows(teacher_states, rows), _rows(tokens, rows)
-        values, chunk_probe = run_chunk(*inputs)
+        states = None if teacher_states is None else _rows(teacher_states, rows)
+        facts = {name: _rows(values, rows) for name, values in (given or {}).items()}
+        values, chunk_probe = run_chunk(_rows(student_hidden, rows), states, _rows(tokens, rows), facts)
         reduced.append(values)
         if chunk_probe is not None:
             rebuilt.append(chunk_probe)

@@ -4,7 +4,8 @@ Shape legend: B sequences, T response tokens, N response tokens of several seque
 V vocabulary, H hidden width. All log-probabilities are natural logarithms.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -105,20 +106,26 @@ class Row:
     """``ray.ObjectRef`` of a ``Scores`` block (or the block itself where there is no Ray); None when not needed."""
     index: int = 0
     """Which rollout of the block this is."""
+    teacher_logprobs: tuple[float, ...] | None = None
+    """log p(y_t | x, y_<t); [T]; None when not scored."""
+    reward: float = 0.0
+    """What the experiment's reward says of the response."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Totals:
-    """Denominators of one optimiser step: over all ranks and micro-batches, counted after generation."""
+    """What all ranks and micro-batches of one optimiser step agree on: denominators, counted after generation, and numbers."""
 
     tokens: int
     sequences: int
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """What the algorithm counted over all rows of the step: its ``per_step``."""
 
     @classmethod
-    def of(cls, rows: list[Row]) -> "Totals":
+    def of(cls, rows: Sequence[Row], numbers: Mapping[str, float] | None = None) -> "Totals":
         """Predicted tokens only: nothing predicts the first token of a text without a prompt."""
         predicted = (max(0, len(row.rollout.tokens) - (not row.rollout.prompt_tokens)) for row in rows)
-        return cls(tokens=sum(predicted), sequences=len(rows))
+        return cls(tokens=sum(predicted), sequences=len(rows), numbers=numbers or {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +146,10 @@ class Batch:
     """log p; [B, T]; 0 where the algorithm needs nothing of the teacher."""
     behaviour_logprobs: Tensor
     """log(share * p + (1 - share) * q_old), the law the token was drawn from; [B, T]; 0 for data-set rows."""
+    by_student: Tensor
+    """Whether the student wrote the response, alone or mixed with the teacher; [B] bool."""
+    rewards: Tensor
+    """[B] float32."""
 
 
 def response_mask(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:

@@ -1,7 +1,7 @@
 """The student as the learner trains it: one module whose forward goes from token ids to the loss, never holding ``[N, V]``.
 
     input ids [B, S] -> body -> hidden [B, S, H] -> rows that predict response tokens [N, H]
-                     -> head and teacher, a chunk at a time -> {name: [N]} -> {name: [B, T]} -> loss
+                     -> head and teacher, a chunk at a time -> {name: [N]} -> weighted sum: the loss
 
 Everything differentiable happens inside this forward, so that ZeRO-3 gathers the weights, the head's too, where they are used.
 """
@@ -58,7 +58,15 @@ class StudentHead(nn.Module):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def forward(
-        self, hidden: Tensor, *, micro: MicroBatch, algorithm: Algorithm, teacher_head: Head | None, vocab_size: int, chunk: int
+        self,
+        hidden: Tensor,
+        *,
+        micro: MicroBatch,
+        algorithm: Algorithm,
+        given: dict[str, Tensor],
+        teacher_head: Head | None,
+        vocab_size: int,
+        chunk: int,
     ) -> dict[str, Tensor]:
         """[N, H] -> {name: [N]}; raises ValueError when the teacher's own log-probs cannot be rebuilt from its scores."""
         needs_teacher = micro.teacher_hidden is not None or micro.teacher_logits is not None
@@ -67,6 +75,7 @@ class StudentHead(nn.Module):
             self.logits,
             micro.tokens,
             algorithm.per_token,
+            given=given,
             vocab_size=vocab_size,
             chunk=chunk,
             teacher_hidden=micro.teacher_hidden,
@@ -111,21 +120,20 @@ class Student(nn.Module):
     def forward(self, micro: MicroBatch, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the loss and of every metric."""
         hidden_BSH = self.model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
-        per_token_N = self.output(
+        tokens_N = (micro.sequences, micro.slots)
+        values_N = self.output(
             hidden_BSH[micro.sequences, micro.positions],
             micro=micro,
             algorithm=algorithm,
+            given={name: values_BT[tokens_N] for name, values_BT in algorithm.per_sequence(micro.batch).items()},
             teacher_head=self._teacher_head,
             vocab_size=self._vocab_size,
             chunk=self._chunk,
         )
-        slots = (micro.sequences, micro.slots)
-        per_token_BT = {
-            name: torch.zeros(micro.batch.mask.shape, dtype=values.dtype, device=values.device).index_put(slots, values)
-            for name, values in per_token_N.items()
-        }
-        loss, metrics = algorithm.loss(per_token_BT, micro.batch)
-        return loss, {name: value.detach() for name, value in metrics.items()}
+        loss_N = values_N.pop("loss")
+        weights_N = algorithm.token_weights(micro.batch)[tokens_N].to(loss_N.dtype)
+        metrics = {name: values.detach().sum() / max(1, micro.batch.totals.tokens) for name, values in values_N.items()}
+        return (loss_N * weights_N).sum(), metrics
 
     @contextmanager
     def saved_config(self) -> Iterator[None]:

@@ -60,8 +60,14 @@ class Teacher:
             ids[row, : len(sequence)] = torch.tensor(sequence)
             mask[row, : len(sequence)] = 1
         states = self._body(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False).last_hidden_state
-        starts = [len(rollout.prompt_tokens) - 1 for rollout in rollouts]
-        return [states[i, start : start + len(r.tokens)] for i, (start, r) in enumerate(zip(starts, rollouts, strict=True))]
+        # Nothing predicts the first token of a text without a prompt; its row is there to be left out.
+        starts = [max(0, len(rollout.prompt_tokens) - 1) for rollout in rollouts]
+        return [
+            torch.cat(
+                [states[i, :1].expand(not r.prompt_tokens, -1), states[i, start : start + len(r.tokens) - (not r.prompt_tokens)]]
+            )
+            for i, (start, r) in enumerate(zip(starts, rollouts, strict=True))
+        ]
 
 
 def head_of(model: PreTrainedModel) -> Head:

@@ -14,16 +14,18 @@ import math
 import pickle
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from raykd.algorithms import GKD, KD, SFT
-from raykd.algorithms.base import Needs, Progress
+from raykd.algorithms.base import Algorithm, Mixture, Needs, Progress
 from raykd.algorithms.gkd import ReverseKL
 from raykd.experiment import Experiment, Optimiser, Stage
 from raykd.prompts import PromptStream
-from raykd.records import Prompt, Rollout, Source
+from raykd.records import Prompt, Rollout, Row, Source
 from raykd.tracking import Tracker
 from raykd.workers import Term, Workers, dataset_rollouts, unscored
 
@@ -46,6 +48,8 @@ class Position:
     """Optimiser steps done in this stage."""
     total: int = 0
     """Optimiser steps done in the run; also the policy version."""
+    held_out: list[float] = field(default_factory=list)
+    """Held-out losses of this stage; the first was measured before it."""
 
 
 def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker, run: Path, at: Position) -> dict[str, float]:
@@ -55,18 +59,26 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
         stage = experiment.stages[at.stage]
         if at.step == 0:
             workers.begin(stage.optimiser)
-            workers.call_replay("clear")
+            workers.call_replay("begin", stage.replay)
+            del at.held_out[:-1]  # the last one was measured before this stage
+        else:
+            rescore(workers, stage.algorithm)
         tracker.begin(f"stage {at.stage}: {type(stage.algorithm).__name__}", stage.steps, at.step)
         while at.step < stage.steps:
-            rows = workers.score(write(experiment, stage, workers, data, at), stage.algorithm.needs)
-            workers.call_replay("add", rows, stage.algorithm.inner_epochs)
+            progress = where(experiment, stage, workers, at)
+            mixture = stage.algorithm.mixture(progress)
+            new = assess(workers, write(experiment, stage, mixture, workers, data, at), stage.algorithm)
+            if new and mixture.keep:
+                workers.call_replay("add", new)
             for _ in range(min(stage.steps_per_phase, stage.steps - at.step)):
-                batch = workers.call_replay("sample", stage.batch_size, workers.version)
-                terms = [Term(algorithm=stage.algorithm, rows=batch), *text_terms(stage, data)]
+                batch = workers.call_replay("sample", stage.batch_size, workers.version) if mixture.replay else new
+                numbers = stage.algorithm.per_step(progress, batch)
+                terms = [Term(algorithm=stage.algorithm, rows=batch, numbers=numbers), *text_terms(stage, workers, data)]
                 rate = learning_rate(stage.optimiser, at.step, stage.steps)
                 metrics = workers.step(terms, rate)
                 at.step, at.total = at.step + 1, at.total + 1
-                tracker.log(at.total, metrics | summary([row.rollout for row in batch], at.total) | workers.take_usage())
+                written = summary([row.rollout for row in batch], at.total)
+                tracker.log(at.total, metrics | numbers | written | workers.take_usage())
             if _due(experiment.evaluation.every, at, stage):
                 measure(experiment, workers, data, tracker, at)
             if _due(experiment.checkpoint_every, at, stage):
@@ -77,31 +89,58 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
     return held_out
 
 
-def write(experiment: Experiment, stage: Stage, workers: Workers, data: Data, at: Position) -> list[Rollout]:
-    """The responses of the next phase, shared out as the algorithm decides: once, for all ranks."""
-    mixture = stage.algorithm.mixture(Progress(step=at.step, steps=stage.steps))
+def where(experiment: Experiment, stage: Stage, workers: Workers, at: Position) -> Progress:
+    """What an algorithm may know when it decides who writes; the coin is the same however often a run was resumed."""
+    return Progress(
+        step=at.step,
+        steps=stage.steps,
+        batch_size=stage.batch_size,
+        coin=float(np.random.default_rng((experiment.seed, at.total)).random()),
+        held=workers.call_replay("held", workers.version),
+        held_out=tuple(at.held_out),
+    )
+
+
+def write(experiment: Experiment, stage: Stage, mixture: Mixture, workers: Workers, data: Data, at: Position) -> list[Rollout]:
+    """The responses of the next phase, shared out as the algorithm decided: once, for all ranks."""
     num_prompts = stage.rows_per_phase // stage.samples_per_prompt
-    num_sampled = round(mixture.student * num_prompts)
-    sampled, given = data.prompts.take(num_sampled), data.prompts.take((num_prompts - num_sampled) * stage.samples_per_prompt)
-    rollouts = dataset_rollouts(given)
-    if sampled:
-        rollouts += workers.generate(
-            sampled,
-            samples=stage.samples_per_prompt,
-            teacher_share=mixture.teacher_share,
-            max_tokens=experiment.max_response,
-            salt=at.total,
-        )
+    by_teacher, by_student = round(mixture.teacher * num_prompts), round(mixture.student * num_prompts)
+    given = round((mixture.dataset + mixture.student + mixture.teacher) * num_prompts) - by_teacher - by_student
+    for_student = data.prompts.take(by_student)
+    for_teacher = for_student[:by_teacher] if mixture.same_prompts else data.prompts.take(by_teacher)
+    rollouts = dataset_rollouts(data.prompts.take(given * stage.samples_per_prompt))
+    for prompts, teacher_share in ((for_student, mixture.teacher_share), (for_teacher, 1.0)):
+        if prompts:
+            rollouts += workers.generate(
+                prompts,
+                samples=stage.samples_per_prompt,
+                teacher_share=teacher_share,
+                max_tokens=experiment.max_response,
+                salt=at.total,
+            )
     return rollouts
 
 
-def text_terms(stage: Stage, data: Data) -> list[Term]:
-    """The language-modelling loss on plain text, where the algorithm has one: as many chunks as responses."""
-    weight = stage.algorithm.text_weight
-    if weight == 0 or data.text is None:
+def assess(workers: Workers, rollouts: list[Rollout], algorithm: Algorithm) -> list[Row]:
+    """Everything that the algorithm asks about the responses: the teacher's scores, the reward."""
+    rows = workers.score(rollouts, algorithm.needs) if rollouts else []
+    return workers.rate(rows) if algorithm.needs_reward and rows else rows
+
+
+def rescore(workers: Workers, algorithm: Algorithm) -> None:
+    """Restored rows have no scores: the teacher is frozen, so they are computed again."""
+    rows = workers.call_replay("rows")
+    if rows:
+        workers.call_replay("rescore", assess(workers, [row.rollout for row in rows], algorithm))
+
+
+def text_terms(stage: Stage, workers: Workers, data: Data) -> list[Term]:
+    """The loss on plain text, where the algorithm has one: as many chunks as responses."""
+    text = stage.algorithm.text
+    if text is None or data.text is None:
         return []
     chunks = dataset_rollouts(data.text.take(stage.batch_size))
-    return [Term(algorithm=SFT(), rows=unscored(chunks), weight=weight)]
+    return [Term(algorithm=text.algorithm, rows=workers.score(chunks, text.algorithm.needs), weight=text.weight)]
 
 
 def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker, at: Position) -> dict[str, float]:
@@ -112,6 +151,7 @@ def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Track
     metrics: dict[str, float] = {}
     if given:
         metrics["loss"] = workers.evaluate([Term(algorithm=SFT(), rows=unscored(given))])["loss"]
+        at.held_out.append(metrics["loss"])
     if workers.teachers is not None:
         written = workers.generate(data.held_out, samples=1, teacher_share=0.0, max_tokens=experiment.max_response, salt=-1)
         if given:
@@ -144,6 +184,7 @@ def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
         "empty_share": sum(len(r.tokens) <= 1 for r in rollouts) / count,
         "cut_share": sum(not r.finished for r in rollouts) / count,
         "dataset_share": sum(r.source is Source.DATASET for r in rollouts) / count,
+        "replayed_share": sum(r.source is not Source.DATASET and r.version < version - 1 for r in rollouts) / count,
         "staleness": sum(version - 1 - r.version for r in rollouts if r.source is not Source.DATASET) / count,
     }
 
@@ -157,8 +198,7 @@ def save_checkpoint(workers: Workers, data: Data, run: Path, at: Position) -> No
     workers.save(partial / "learner")
     (partial / "replay.pkl").write_bytes(pickle.dumps(workers.call_replay("state")))
     streams = {"prompts": data.prompts.state(), "text": data.text.state() if data.text else None}
-    position = {"stage": at.stage, "step": at.step, "total": at.total}
-    (partial / "driver.json").write_text(json.dumps({"position": position, "streams": streams}), encoding="utf-8")
+    (partial / "driver.json").write_text(json.dumps({"position": asdict(at), "streams": streams}), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
 

@@ -4,13 +4,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from raykd.actors import LearnerActor, ModelFacts, RolloutActor, TeacherActor
+from raykd.actors import LearnerActor, ModelFacts, RewardActor, RolloutActor, TeacherActor
 from raykd.algorithms.base import Algorithm, Needs
 from raykd.collate import LossTerm, deal
 from raykd.experiment import Experiment, Optimiser
@@ -28,6 +28,8 @@ class Term:
     algorithm: Algorithm
     rows: Sequence[Row]
     weight: float = 1.0
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """What the algorithm counted over the rows."""
 
 
 class Workers:
@@ -60,8 +62,12 @@ class Workers:
         self._update: WeightUpdate | None = None
         self._learner_version = self._rollout_version = 0
         self._usage: dict[str, float] = {}
-        self.replay = self._start_replay(experiment)
-        self._start(scorers + writers)
+        self.replay = ray.remote(ReplayBuffer).options(num_cpus=0).remote(experiment.seed)
+        raters = (
+            [create(RewardActor, experiment.reward, facts, gpus=0, threads=1, restarts=RESTARTS)] if experiment.reward else []
+        )
+        self._rater = Fleet("reward", raters, experiment.reward.deadline_s) if experiment.reward else None
+        self._start(scorers + writers + raters)
 
     @property
     def version(self) -> int:
@@ -102,15 +108,22 @@ class Workers:
         with self._measured("score") as measured:
             measured.tokens = sum(len(rollout.tokens) for rollout in rollouts)
             order = {id(rollout): index for index, rollout in enumerate(rollouts)}
-            shares = [share for share in deal([Row(rollout=r) for r in rollouts], len(self.teachers.actors)) if share]
+            shares = [share for share in deal(unscored(rollouts), len(self.teachers.actors)) if share]
             calls = [{"rollouts": [row.rollout for row in share], "needs": needs} for share in shares]
             blocks = self.teachers.map("score", calls)
         rows = [
-            Row(rollout=row.rollout, scores=block[0], index=index)
-            for share, block in zip(shares, blocks, strict=True)
+            replace(row, scores=scores, index=index, teacher_logprobs=logprobs[index])
+            for share, (scores, logprobs) in zip(shares, blocks, strict=True)
             for index, row in enumerate(share)
         ]
         return sorted(rows, key=lambda row: order[id(row.rollout)])
+
+    def rate(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with what the experiment's reward says of them."""
+        assert self._rater is not None, "the experiment has no reward"
+        with self._measured("rate"):
+            (rewards,) = self._rater.map("rate", [{"rollouts": [row.rollout for row in rows]}])
+        return [replace(row, reward=reward) for row, reward in zip(rows, rewards, strict=True)]
 
     def step(self, terms: Sequence[Term], learning_rate: float) -> dict[str, float]:
         """One optimiser step on the sum of the terms; metrics are means over the whole step."""
@@ -159,14 +172,10 @@ class Workers:
 
     def close(self) -> None:
         """Give every actor back."""
-        for actor in [*self.learner.ranks, self.replay, *(a for f in (self.teachers, self.rollouts) if f for a in f.actors)]:
+        fleets = [fleet for fleet in (self.teachers, self.rollouts, self._rater) if fleet]
+        for actor in [*self.learner.ranks, self.replay, *(actor for fleet in fleets for actor in fleet.actors)]:
             ray.kill(actor)
         self._placement.release()
-
-    def _start_replay(self, experiment: Experiment) -> Any:
-        capacity = max(stage.rows_per_phase for stage in experiment.stages)
-        staleness = max(stage.steps_per_phase for stage in experiment.stages)
-        return ray.remote(ReplayBuffer).options(num_cpus=0).remote(capacity, staleness, experiment.seed)
 
     def _start(self, replicas: list[Any]) -> None:
         """Wait for the engines while the ranks load: every start-up error surfaces here, with its reason."""
@@ -190,7 +199,7 @@ class Workers:
         """For each rank its terms; denominators stay those of the whole step."""
         per_rank: list[list[LossTerm]] = [[] for _ in self.learner.ranks]
         for term in terms:
-            totals = Totals.of(list(term.rows))
+            totals = Totals.of(term.rows, term.numbers)
             for rank, rows in enumerate(deal(list(term.rows), len(self.learner.ranks))):
                 per_rank[rank].append(LossTerm(algorithm=term.algorithm, rows=rows, totals=totals, weight=term.weight))
         return per_rank

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from raykd.algorithms.base import Algorithm
+from raykd.algorithms.base import Algorithm, Progress
 from raykd.logprobs import gather, mixture_logprobs
-from raykd.records import Batch, Totals, response_mask
+from raykd.records import Batch, Rollout, Row, Source, Totals, response_mask
 
 # Distributions over five tokens whose log-ratios are whole numbers of bits. In bits:
 # KL(STEEP || FLAT) = KL(FLAT || STEEP) = 1/4, KL(STEEP || TURNED) = KL(TURNED || STEEP) = 27/16.
@@ -47,6 +47,8 @@ def make_case(logits: Tensor, old: Tensor, teacher: Tensor, tokens: Tensor, leng
         student_logprobs=torch.where(mask, student_logprobs, 0.0),
         teacher_logprobs=torch.where(mask, teacher_logprobs, 0.0),
         behaviour_logprobs=torch.where(mask, mixture_logprobs(student_logprobs, teacher_logprobs, share), 0.0),
+        by_student=torch.ones(len(lengths), dtype=torch.bool),
+        rewards=torch.zeros(len(lengths), dtype=torch.float64),
     )
     return Case(logits, teacher, batch)
 
@@ -62,15 +64,44 @@ def part(case: Case, rows: list[int], width: int | None = None) -> Case:
     """Some responses as a micro-batch of the same step, cut to the longest of them or to ``width`` positions."""
     width = int(case.batch.mask[rows].sum(-1).max()) if width is None else width
     names = ("tokens", "mask", "student_logprobs", "teacher_logprobs", "behaviour_logprobs")
-    batch = replace(case.batch, **{name: getattr(case.batch, name)[rows, :width] for name in names})
+    of_rows = {name: getattr(case.batch, name)[rows] for name in ("by_student", "rewards")}
+    batch = replace(case.batch, **{name: getattr(case.batch, name)[rows, :width] for name in names}, **of_rows)
     return Case(case.logits[rows, :width], case.teacher[rows, :width], batch)
 
 
 def evaluate(algorithm: Algorithm, case: Case, logits: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """Vocabulary, then sequence; padding is 0 in between, as the learner leaves it."""
-    student = (case.logits if logits is None else logits).log_softmax(-1)
-    values = algorithm.per_token(student, case.teacher, case.batch.tokens)
-    return algorithm.loss({name: torch.where(case.batch.mask, value, 0.0) for name, value in values.items()}, case.batch)
+    """Loss and metrics as the learner takes them: sequences, then tokens, padding left out, then the weighted sum."""
+    batch = counted(algorithm, case).batch
+    student, mask = (case.logits if logits is None else logits).log_softmax(-1), batch.mask
+    given = {name: values[mask] for name, values in algorithm.per_sequence(batch).items()}
+    values = algorithm.per_token(student[mask], case.teacher[mask], batch.tokens[mask], given)
+    loss = (values.pop("loss") * algorithm.token_weights(batch)[mask]).sum()
+    return loss, {name: value.sum() / max(1, batch.totals.tokens) for name, value in values.items()}
+
+
+def counted(algorithm: Algorithm, case: Case) -> Case:
+    """The case as a step of its own, with what the algorithm counts over a step, unless it is a part of one already."""
+    numbers = case.batch.totals.numbers or algorithm.per_step(Progress(step=0, steps=10), recorded_rows(case.batch))
+    return replace(case, batch=replace(case.batch, totals=replace(case.batch.totals, numbers=numbers)))
+
+
+def recorded_rows(batch: Batch) -> list[Row]:
+    """The responses of a batch as the replay buffer holds them."""
+    rows = []
+    for index, mask in enumerate(batch.mask):
+        tokens, student, teacher = (
+            tuple(values[index][mask].tolist()) for values in (batch.tokens, batch.student_logprobs, batch.teacher_logprobs)
+        )
+        rollout = Rollout(
+            prompt_id=str(index),
+            sample=0,
+            prompt_tokens=(0,),
+            tokens=tokens,
+            source=Source.STUDENT if batch.by_student[index] else Source.TEACHER,
+            student_logprobs=student,
+        )
+        rows.append(Row(rollout=rollout, teacher_logprobs=teacher, reward=batch.rewards[index].item()))
+    return rows
 
 
 def loss_and_gradient(algorithm: Algorithm, case: Case) -> tuple[Tensor, Tensor]:
@@ -82,6 +113,7 @@ def loss_and_gradient(algorithm: Algorithm, case: Case) -> tuple[Tensor, Tensor]
 
 def check_micro_batches(algorithm: Algorithm, case: Case, split: list[list[int]]) -> None:
     """Any split into micro-batches sums to the whole: loss, metrics and gradient, with all padding cut away."""
+    case = counted(algorithm, case)
     whole, gradient = loss_and_gradient(algorithm, case)
     _, metrics = evaluate(algorithm, case)
     parts = [part(case, rows) for rows in split if rows]

@@ -21,12 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from raykd.algorithms import AdaptiveSchedule, AdaptiveState, AnyAlgorithm, DistiLLM, Needs, Progress
-from raykd.algorithms.base import Reduction
+from raykd.algorithms import SFT, AdaptiveSchedule, AdaptiveState, AnyAlgorithm, DistiLLM, Mixture, Needs, Progress
+from raykd.algorithms.base import Reduction, Replay, TextTerm
 from raykd.algorithms.distillm import SkewKL
 from raykd.algorithms.gkd import SkewForwardKL, SkewReverseKL
+from raykd.records import Source
 
-START = Progress(step=0, steps=10)
 BOTH: list[SkewKL] = [SkewForwardKL(), SkewReverseKL()]
 PAPER, CODE = AdaptiveSchedule(), AdaptiveSchedule.code()
 
@@ -108,25 +108,16 @@ def test_nothing_to_learn_gives_zero(divergence: SkewKL) -> None:
     check_nothing_to_learn(DistiLLM(divergence=divergence))
 
 
-def test_the_student_share_is_constant() -> None:
-    assert (DistiLLM().mixture(START).dataset, DistiLLM().mixture(START).student) == (1, 0)
-    for step in (0, 5, 9):
-        mixture = DistiLLM(student_share=0.25).mixture(Progress(step=step, steps=10))
-        assert (mixture.dataset, mixture.student, mixture.teacher_share) == (0.75, 0.25, 0)
-    assert DistiLLM().needs is Needs.DISTRIBUTION
-    assert DistiLLM().divergence == SkewReverseKL(alpha=0.1)
-
-
 def test_it_is_read_from_json_by_its_kind() -> None:
     reader = TypeAdapter[AnyAlgorithm](AnyAlgorithm)
-    algorithm = DistiLLM(divergence=SkewForwardKL(alpha=0.3), student_share=0.5, reduction="sequence_mean")
+    algorithm = DistiLLM.code().model_copy(update={"divergence": SkewForwardKL(alpha=0.3), "reduction": "sequence_mean"})
     assert reader.validate_json(reader.dump_json(algorithm)) == algorithm
     assert reader.validate_json('{"kind": "distillm"}') == DistiLLM()
 
 
-@pytest.mark.parametrize("wrong", [{"divergence": {"kind": "forward_kl"}}, {"student_share": -0.1}, {"schedule": {}}])
+@pytest.mark.parametrize("wrong", [{"divergence": {"kind": "forward_kl"}}, {"student_share": 0.5}, {"schedule": {"capacity": 0}}])
 def test_what_cannot_be_meant_is_refused(wrong: dict[str, object]) -> None:
-    """Among it a schedule, which the loop could not follow."""
+    """Among it a share of its own: that is the schedule's to say."""
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         DistiLLM.model_validate(wrong)
 
@@ -257,3 +248,27 @@ def test_without_a_raise_the_student_never_writes() -> None:
     for schedule in (PAPER, CODE):
         state = schedule.after(1.9, schedule.after(2.0, schedule.begin()))
         assert schedule.turn(0.0, 0.0, state, 0, batch_size=8).learn_from == "dataset"
+
+
+def test_the_mixture_is_what_the_turn_says() -> None:
+    """phi reaches 0.1 at the third validation of LOSSES under the code's rule: then a low coin writes, a high one does not."""
+    algorithm = DistiLLM(schedule=CODE.model_copy(update={"capacity": 16}))
+
+    def mixture(coin: float, held: int, losses: tuple[float, ...] = LOSSES[:3]) -> Mixture:
+        return algorithm.mixture(Progress(step=5, steps=10, batch_size=8, coin=coin, held=held, held_out=losses))
+
+    data_alone = Mixture(dataset=1.0, keep=False, replay=False)
+    assert mixture(0.0, held=16, losses=LOSSES[:2]) == mixture(0.1, held=0) == data_alone
+    assert mixture(0.07, held=8) == Mixture(student=1.0, replay=False)
+    assert mixture(0.04, held=16) == Mixture(student=1.0, replay=False)
+    assert mixture(0.07, held=16) == Mixture()
+    assert algorithm.writers == {Source.DATASET, Source.STUDENT}
+    assert algorithm.replay == Replay(capacity=16)
+    assert algorithm.per_step(Progress(step=5, steps=10, held_out=LOSSES[:3]), []) == {"student_share": 0.1}
+
+
+def test_presets() -> None:
+    assert DistiLLM.paper() == DistiLLM()
+    assert DistiLLM().divergence == SkewReverseKL(alpha=0.1) and DistiLLM().text is None
+    assert DistiLLM.code().schedule == CODE and DistiLLM.code().text == TextTerm(SFT(), 1.0)
+    assert DistiLLM().needs is Needs.DISTRIBUTION

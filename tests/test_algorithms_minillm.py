@@ -10,6 +10,7 @@ from algorithm_cases import (
     Case,
     check_micro_batches,
     check_nothing_to_learn,
+    counted,
     evaluate,
     hand_case,
     loss_and_gradient,
@@ -21,7 +22,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
 
-from raykd.algorithms import MiniLLM, Needs, Progress
+from raykd.algorithms import KD, SFT, MiniLLM, Needs, Progress
+from raykd.algorithms.base import TextTerm
 from raykd.logprobs import gather
 from raykd.records import Batch, Totals
 
@@ -120,11 +122,11 @@ def test_loss_by_hand() -> None:
     loss, metrics = evaluate(algorithm, hand_case())
     bits = {
         "policy_loss": -1.5 / 5,
-        "single_step_loss": (3 / 4 + 27 / 8) / 5,
         "reverse_kl": (3 / 4 + 27 / 8) / 5,
         "sampled_reverse_kl": 0.0,
         "advantage": 1.5 / 5,
         "entropy": (3 * 9 / 4 + 2 * 15 / 8) / 5,
+        "nll": 11 / 5,
     }
     assert loss.item() == pytest.approx((-1.5 + 3 / 4 + 27 / 8) / 5 * math.log(2), abs=1e-12)
     for name, expected in bits.items():
@@ -145,6 +147,8 @@ def golden_batch() -> Batch:
         student_logprobs=old,
         teacher_logprobs=old + torch.tensor([[-1.0, -2.0, -3.0, -0.5]], dtype=torch.float64),
         behaviour_logprobs=old - weights.log(),
+        by_student=torch.ones(1, dtype=torch.bool),
+        rewards=torch.zeros(1),
     )
 
 
@@ -161,18 +165,22 @@ def golden_batch() -> Batch:
 )
 def test_golden_advantages(algorithm: MiniLLM, expected: tuple[float, ...]) -> None:
     """The paper's and microsoft/LMOps' returns of the same rewards."""
-    assert algorithm.advantages(golden_batch())[0].tolist() == pytest.approx(expected, abs=1e-6)
+    batch = golden_batch()
+    advantages = algorithm.advantages(batch.teacher_logprobs - batch.student_logprobs, batch.mask)
+    assert advantages[0].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 def test_golden_surrogate() -> None:
     """microsoft/LMOps' returns and ratios: mean 2.669180 over four tokens; the middle two beyond the clip, without gradient."""
     new = torch.tensor([[-0.9, -2.3, -2.5, -1.0]], dtype=torch.float64, requires_grad=True)
-    per_token = {"logprob": new, "reverse_kl": torch.zeros_like(new), "entropy": torch.zeros_like(new)}
-    loss, metrics = MiniLLM.lmops().loss(per_token, golden_batch())
-    loss.backward()
-    assert loss.item() == pytest.approx(2.669180, abs=1e-6)
-    assert metrics["clip_fraction"].item() == pytest.approx(0.5)
-    assert metrics["importance_weight"].item() == pytest.approx((1.381464 + 0.740818 + 0.164872 + 0.9) / 4, abs=1e-6)
+    algorithm = MiniLLM.lmops().model_copy(update={"whiten": None, "single_step": False})
+    given = {name: values[0] for name, values in algorithm.per_sequence(golden_batch()).items()}
+    # Two tokens: the chosen one has log-prob new, so that its gradient is that of the surrogate.
+    values = algorithm.per_token(new[0, :, None].expand(-1, 2), None, torch.zeros(4, dtype=torch.int64), given)
+    values["loss"].mean().backward()
+    assert values["loss"].mean().item() == pytest.approx(2.669180, abs=1e-6)
+    assert values["clip_fraction"].tolist() == [0, 1, 1, 0]
+    assert values["importance_weight"].tolist() == pytest.approx([1.381464, 0.740818, 0.164872, 0.9], abs=1e-6)
     assert new.grad is not None
     assert new.grad[0].tolist() == pytest.approx([4.169387 / 4, 0, 0, 0.9 / 4], abs=1e-6)
 
@@ -182,10 +190,11 @@ def test_paper_weights_the_exact_term_by_the_ratio() -> None:
     student = case.logits.log_softmax(-1)
     ratio = (gather(student, case.batch.tokens) - case.batch.behaviour_logprobs).exp()
     exact = (student.exp() * (student - case.teacher)).sum(-1)
-    _, metrics = evaluate(MiniLLM.paper(), case)
-    expected = (ratio * exact * case.batch.mask).sum() / 2
-    torch.testing.assert_close(metrics["single_step_loss"], expected)
-    torch.testing.assert_close(evaluate(MiniLLM(), case)[1]["single_step_loss"], (exact * case.batch.mask).sum() / 5)
+    loss, metrics = evaluate(MiniLLM.paper(), case)
+    policy = metrics["policy_loss"] * 5 / 2  # metrics are means over the five tokens, the loss is one over two responses
+    torch.testing.assert_close(loss - policy, (ratio * exact * case.batch.mask).sum() / 2)
+    loss, metrics = evaluate(MiniLLM(), case)
+    torch.testing.assert_close(loss - metrics["policy_loss"], (exact * case.batch.mask).sum() / 5)
 
 
 def test_the_weight_of_the_exact_term_carries_no_gradient() -> None:
@@ -249,7 +258,7 @@ def test_rewards_carry_no_gradient_and_return_zero_at_equality() -> None:
 def test_settings_of_the_loop() -> None:
     algorithm, start = MiniLLM(), Progress(step=0, steps=10)
     assert (algorithm.mixture(start).student, algorithm.mixture(start).teacher_share) == (1, 0.2)
-    assert (algorithm.rollouts_per_phase, algorithm.inner_epochs, algorithm.text_weight) == (256, 4, 1.0)
+    assert (algorithm.rollouts_per_phase, algorithm.inner_epochs, algorithm.text) == (256, 4, TextTerm(SFT(), 1.0))
     assert algorithm.needs is Needs.DISTRIBUTION
     assert MiniLLM(single_step=False).needs is Needs.SAMPLED
 
@@ -259,7 +268,14 @@ def test_presets_differ_from_the_default_only_where_they_should() -> None:
     differing = {name: {k: v for k, v in preset.model_dump().items() if v != default[k]} for name, preset in PRESETS.items()}
     assert differing == {
         "paper": {"weight_single_step": True, "reduction": "sequence_sum"},
-        "lmops": {"include_current_reward": True, "discount": 0.95, "reward_scale": 0.5, "reward_clip": 100.0},
+        "lmops": {
+            "include_current_reward": True,
+            "discount": 0.95,
+            "reward_scale": 0.5,
+            "reward_clip": 100.0,
+            "whiten": 256,
+            "text_distillation": 0.5,
+        },
     }
 
 
@@ -270,3 +286,32 @@ PRESETS = {"paper": MiniLLM.paper(), "lmops": MiniLLM.lmops()}
 def test_impossible_settings_are_refused_by_name(field: str) -> None:
     with pytest.raises(ValidationError, match=field):
         MiniLLM.model_validate({field: 1.0 if field != "reward_scale" else 0.0})
+
+
+def test_whitened_advantages_by_hand() -> None:
+    """Advantages 3, 1 and -1 of two responses: over the tokens mean 1, variance 8/3; over 4 positions each 3/8 and 79/64."""
+    rewards = {"include_current_reward": True, "discount": 0.0, "length_normalise": False}
+    ratios = torch.tensor([[3.0, 1.0], [-1.0, 0.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True], [True, False]])
+    zeros = torch.zeros_like(ratios)
+    batch = Batch(
+        tokens=zeros.long(),
+        mask=mask,
+        totals=Totals(tokens=3, sequences=2),
+        student_logprobs=zeros,
+        teacher_logprobs=ratios,
+        behaviour_logprobs=zeros,
+        by_student=torch.ones(2, dtype=torch.bool),
+        rewards=torch.zeros(2),
+    )
+    case = Case(torch.zeros(2, 2, 5), torch.zeros(2, 2, 5), batch)
+    for whiten, mean, variance in (("tokens", 1.0, 8 / 3), (4, 3 / 8, 11 / 8 - 9 / 64)):
+        algorithm = MiniLLM.model_validate({"whiten": whiten, **rewards})
+        advantage = algorithm.per_sequence(counted(algorithm, case).batch)["advantage"]
+        expected = (ratios[mask] - mean) / math.sqrt(variance + 1e-8)
+        torch.testing.assert_close(advantage[mask], expected)
+
+
+def test_half_of_the_text_loss_may_be_the_teachers() -> None:
+    assert MiniLLM.lmops().text == TextTerm(KD(data_weight=0.5), 1.0)
+    assert MiniLLM(text_coefficient=0).text is None

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from raykd.algorithms import SFT, AnyAlgorithm, Needs, Progress, SeqKD
 from raykd.algorithms.base import Reduction
+from raykd.records import Source
 
 START = Progress(step=0, steps=10)
 
@@ -61,7 +62,7 @@ def test_nothing_to_learn_gives_zero(algorithm: SFT | SeqKD) -> None:
 def test_sft_reads_the_data_set_and_needs_no_teacher() -> None:
     assert SFT().mixture(START).dataset == 1
     assert SFT().needs is Needs.NOTHING
-    assert (SFT().rollouts_per_phase, SFT().inner_epochs, SFT().text_weight) == (None, 1, 0.0)
+    assert (SFT().rollouts_per_phase, SFT().inner_epochs, SFT().text) == (None, 1, None)
 
 
 def test_seq_kd_learns_what_the_teacher_writes() -> None:
@@ -69,7 +70,7 @@ def test_seq_kd_learns_what_the_teacher_writes() -> None:
     case = hand_case()
     mixture = SeqKD().mixture(START)
     loss, metrics = evaluate(SeqKD(), case)
-    assert (mixture.student, mixture.teacher_share) == (1, 1)
+    assert (mixture.teacher, mixture.writers) == (1, {Source.TEACHER})
     assert loss.item() == evaluate(SFT(), case)[0].item()
     assert metrics["sampled_forward_kl"].item() == pytest.approx(0, abs=1e-12)
 

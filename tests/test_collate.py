@@ -31,7 +31,7 @@ def make_row(prompt: int, response: int, name: str = "a", **fields: object) -> R
         logprobs=-torch.arange(1.0, response + 1),
         hidden=torch.arange(3.0 * response).view(response, 3),
     )
-    return Row(rollout=replace(rollout, **fields), scores=scores)
+    return Row(rollout=replace(rollout, **fields), scores=scores, teacher_logprobs=tuple(scores.logprobs.tolist()))
 
 
 def collated(rows: list[Row], algorithm: SFT | KD | MiniLLM, head: Head | None = HEAD):
@@ -112,5 +112,5 @@ def test_scores_that_do_not_fit_are_refused_by_name() -> None:
         collated([replace(make_row(1, 2, name="x"), scores=make_row(1, 3).scores)], KD())
     with pytest.raises(ValueError, match="no teacher head"):
         collated([make_row(1, 2)], KD(), head=None)
-    with pytest.raises(ValueError, match="only sampled log-probs"):
-        collated([replace(make_row(1, 2), scores=replace(make_row(1, 2).scores, hidden=None))], KD())
+    with pytest.raises(ValueError, match=r"x/0 has 2 tokens but 1 scores"):
+        collated([replace(make_row(1, 2, name="x"), teacher_logprobs=(-1.0,))], MiniLLM(single_step=False))

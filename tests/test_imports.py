@@ -16,12 +16,12 @@ ROWS = (
     ("divergences", "surrogates", "projection"),
     ("algorithms", "prompts", "replay", "weights", "tracking", "experiment"),
     ("collate", "rank", "student"),
-    ("rollout", "teacher", "learner"),
+    ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "planning", "report"),
     ("workers", "train"),
     ("run", "cli"),
 )
-STRANGERS = {"rollout", "teacher", "learner"}
+STRANGERS = {"rollout", "teacher", "reward", "learner"}
 """Workers never import each other."""
 
 HOMES = {

@@ -83,7 +83,10 @@ def make_rows(lengths: list[tuple[int, int]], head: Head, seed: int) -> list[Row
         for index, (prompt, response) in enumerate(lengths)
     ]
     scores = scores_of(rollouts, head, generator)
-    return [Row(rollout=rollout, scores=scores, index=index) for index, rollout in enumerate(rollouts)]
+    return [
+        Row(rollout=rollout, scores=scores, index=index, teacher_logprobs=tuple(scores.row(index).logprobs.tolist()))
+        for index, rollout in enumerate(rollouts)
+    ]
 
 
 def all_rows() -> tuple[Head, dict[str, list[Row]]]:
@@ -117,10 +120,6 @@ def oracle_loss(model: torch.nn.Module, row: Row, algorithm: Algorithm, totals: 
     student = logits[len(prompt) - 1 + first : -1].log_softmax(-1)
     scores, tokens = row.scores.row(row.index), torch.tensor(response)
     teacher = head(scores.hidden[first:]).log_softmax(-1) if algorithm.needs is Needs.DISTRIBUTION else None
-    shifted = {
-        name: torch.cat([torch.zeros(first), x])[None]
-        for name, x in algorithm.per_token(student, teacher, tokens[first:]).items()
-    }
     mask = torch.arange(len(response))[None] >= first
     old = torch.tensor(row.rollout.student_logprobs)[None] * mask
     own = scores.logprobs[None] * mask
@@ -132,8 +131,12 @@ def oracle_loss(model: torch.nn.Module, row: Row, algorithm: Algorithm, totals: 
         student_logprobs=old,
         teacher_logprobs=own,
         behaviour_logprobs=behaviour,
+        by_student=torch.tensor([True]),
+        rewards=torch.zeros(1),
     )
-    return algorithm.loss(shifted, batch)[0]
+    given = {name: values[0, first:] for name, values in algorithm.per_sequence(batch).items()}
+    values = algorithm.per_token(student, teacher, tokens[first:], given)
+    return (values["loss"] * algorithm.token_weights(batch)[0, first:]).sum()
 
 
 @cache

@@ -37,6 +37,13 @@ def inputs(num_rows: int = N, dtype: torch.dtype = torch.float32) -> tuple[Count
     return head, student_hidden, torch.randint(V, (num_rows,)), teacher_head, torch.randn(num_rows, H_TEACHER).to(dtype)
 
 
+def facts(num_rows: int = N) -> dict[str, Tensor]:
+    """What ``per_sequence`` of any algorithm here says of the tokens."""
+    generator = torch.Generator().manual_seed(3)
+    names = ("advantage", "behaviour", "sampled_reverse_kl")
+    return {name: torch.randn(num_rows, generator=generator) for name in names}
+
+
 def total(values: dict[str, Tensor]) -> Tensor:
     differentiable = [value for value in values.values() if value.requires_grad]
     return torch.stack([(value * torch.arange(1.0, len(value) + 1)).sum() for value in differentiable]).sum()
@@ -52,13 +59,14 @@ def test_any_chunk_size_equals_the_whole(algorithm: Algorithm, chunk: int | None
     head, hidden, tokens, teacher_head, teacher_hidden = inputs()
     student = head.linear(hidden)[:, :V].log_softmax(-1)
     teacher = teacher_head(teacher_hidden)[:, :V].log_softmax(-1)
-    expected = algorithm.per_token(student, teacher, tokens)
+    expected = algorithm.per_token(student, teacher, tokens, facts())
     got = per_token(
         hidden,
         head,
         tokens,
         algorithm.per_token,
         vocab_size=V,
+        given=facts(),
         chunk=chunk,
         teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,
@@ -75,9 +83,17 @@ def test_hidden_states_and_logits_of_the_teacher_give_the_same(algorithm: Algori
     head, hidden, tokens, teacher_head, teacher_hidden = inputs()
     logits = teacher_head(teacher_hidden)
     one = per_token(
-        hidden, head, tokens, algorithm.per_token, vocab_size=V, chunk=4, teacher_hidden=teacher_hidden, teacher_head=teacher_head
+        hidden,
+        head,
+        tokens,
+        algorithm.per_token,
+        vocab_size=V,
+        given=facts(),
+        chunk=4,
+        teacher_hidden=teacher_hidden,
+        teacher_head=teacher_head,
     )
-    other = per_token(hidden, head, tokens, algorithm.per_token, vocab_size=V, chunk=5, teacher_logits=logits)
+    other = per_token(hidden, head, tokens, algorithm.per_token, vocab_size=V, given=facts(), chunk=5, teacher_logits=logits)
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=0)
     for a, b in zip(gradients(total(one), head, hidden), gradients(total(other), head, hidden), strict=True):
@@ -89,7 +105,9 @@ def test_another_teacher_moves_the_gradient_and_its_padding_does_not() -> None:
     logits = torch.randn(N, PADDED)
     padded_elsewhere = torch.cat([logits[:, :V], torch.full((N, 9), 50.0)], -1)
     first, same, other = (
-        gradients(total(per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, teacher_logits=t)), head, hidden)[1]
+        gradients(
+            total(per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, given=facts(), teacher_logits=t)), head, hidden
+        )[1]
         for t in (logits, padded_elsewhere, logits.flip(-1))
     )
     assert torch.equal(first, same)
@@ -98,14 +116,16 @@ def test_another_teacher_moves_the_gradient_and_its_padding_does_not() -> None:
 
 def test_rows_of_the_head_beyond_the_vocabulary_get_no_gradient() -> None:
     head, hidden, tokens, _, _ = inputs()
-    weight_gradient, _ = gradients(total(per_token(hidden, head, tokens, SFT().per_token, vocab_size=V)), head, hidden)
+    weight_gradient, _ = gradients(
+        total(per_token(hidden, head, tokens, SFT().per_token, vocab_size=V, given=facts())), head, hidden
+    )
     assert not weight_gradient[V:].any()
     assert weight_gradient[:V].any()
 
 
 def test_no_call_of_the_head_exceeds_a_chunk_and_backward_recomputes() -> None:
     head, hidden, tokens, _, _ = inputs()
-    values = per_token(hidden, head, tokens, SFT().per_token, vocab_size=V, chunk=4)
+    values = per_token(hidden, head, tokens, SFT().per_token, vocab_size=V, given=facts(), chunk=4)
     assert head.rows == [4, 4, 3]
     total(values).backward()
     assert sorted(head.rows) == sorted([4, 4, 3] * 2)
@@ -119,6 +139,7 @@ def test_a_single_chunk_is_not_computed_twice() -> None:
         tokens,
         GKD().per_token,
         vocab_size=V,
+        given=facts(),
         chunk=N,
         teacher_hidden=teacher_hidden,
         teacher_head=teacher_head,
@@ -138,7 +159,7 @@ def test_nothing_of_the_vocabulary_is_kept_for_backward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, chunk=N - 1, **teacher)
+        per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, given=facts(), chunk=N - 1, **teacher)
     assert (N - 1, H_STUDENT) in saved
     assert not [shape for shape in saved if shape[-1:] in ((V,), (PADDED,))]
 
@@ -150,12 +171,14 @@ def test_missing_chunks_call_the_head_and_count_for_nothing(num_rows: int) -> No
     reduce = MiniLLM().per_token
     teacher = {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head}
     probe = teacher_probe(teacher_hidden, teacher_head, tokens, V)
-    values = per_token(hidden, head, tokens, reduce, vocab_size=V, chunk=2, num_chunks=4, probe=probe, **teacher)
+    values = per_token(
+        hidden, head, tokens, reduce, vocab_size=V, given=facts(num_rows), chunk=2, num_chunks=4, probe=probe, **teacher
+    )
     assert len(head.rows) == 4
     assert all(value.shape == (num_rows,) for value in values.values())
     idle_gradients = gradients(total(values), head, hidden)
     assert len(head.rows) == 8
-    plain = per_token(hidden, head, tokens, reduce, vocab_size=V, chunk=2, **teacher)
+    plain = per_token(hidden, head, tokens, reduce, vocab_size=V, given=facts(num_rows), chunk=2, **teacher)
     for name in plain:
         torch.testing.assert_close(values[name], plain[name])
     for one, other in zip(idle_gradients, gradients(total(plain), head, hidden), strict=True):
@@ -167,7 +190,7 @@ def test_missing_chunks_call_the_head_and_count_for_nothing(num_rows: int) -> No
 
 def test_student_head_in_bfloat16_is_reduced_in_float32() -> None:
     head, hidden, tokens, _, _ = inputs()
-    values = per_token(hidden.bfloat16(), head.bfloat16(), tokens, SFT().per_token, vocab_size=V)
+    values = per_token(hidden.bfloat16(), head.bfloat16(), tokens, SFT().per_token, vocab_size=V, given=facts())
     assert values["nll"].dtype == torch.float32
 
 
@@ -183,7 +206,7 @@ def test_student_head_in_bfloat16_is_reduced_in_float32() -> None:
 def test_inconsistent_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
     head, hidden, tokens, _, _ = inputs()
     with pytest.raises(ValueError, match=message):
-        per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, **arguments)  # pyright: ignore[reportArgumentType]
+        per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, given=facts(), **arguments)  # pyright: ignore[reportArgumentType]
 
 
 def test_head_is_its_formula() -> None:
@@ -290,7 +313,7 @@ def test_the_check_inside_the_chunks_finds_the_same() -> None:
     head, hidden, tokens, teacher_head, teacher_hidden = inputs()
     honest = scores(teacher_head, teacher_hidden, tokens)
     teacher = {"teacher_hidden": cast(Tensor, honest.hidden), "teacher_head": teacher_head, "probe": Probe.of(honest)}
-    per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, chunk=4, **teacher)
+    per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, given=facts(), chunk=4, **teacher)
     teacher["teacher_head"] = replace(teacher_head, bias=None)
     with pytest.raises(ValueError, match=HEAD_CAUSE):
-        per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, chunk=4, **teacher)
+        per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, given=facts(), chunk=4, **teacher)

@@ -4,7 +4,6 @@ from typing import Literal
 
 from pydantic import Field
 
-from raykd.algorithms.base import Reduction
 from raykd.algorithms.gkd import GKD, AdaptiveKL, NamedGKD
 from raykd.divergences import Boundary
 
@@ -32,10 +31,9 @@ class AKL(NamedGKD):
     head_mass: float = Field(default=0.5, gt=0, lt=1)
     boundary: Boundary = "minimal"
     student_share: float = Field(default=0.0, ge=0, le=1)
-    reduction: Reduction = "token_mean"
 
     @property
     def distillation(self) -> GKD:
         """The same objective as a token-level divergence on a share of the student's text."""
         divergence = AdaptiveKL(head_mass=self.head_mass, boundary=self.boundary)
-        return GKD(divergence=divergence, student_share=self.student_share, reduction=self.reduction)
+        return GKD(divergence=divergence, student_share=self.student_share)

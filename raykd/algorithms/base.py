@@ -1,21 +1,26 @@
-"""The contract of a distillation algorithm: reduce the vocabulary chunk by chunk, then the sequence.
+"""The contract of a distillation algorithm, from who writes down to what a token costs.
 
-needs                           what the teacher must send
-mixture(progress)               who writes the next responses
-per_token(student, teacher, tokens) -> {name: [...]}     vocabulary -> token, called on chunks of positions
-loss(per_token, batch)          -> loss, metrics         token -> scalar, sees no vocabulary
+needs                                        what the teacher must send
+mixture(progress)                            who writes the next responses, once for all ranks
+per_step(progress, rows)     -> {name: x}    numbers over the rows of one optimiser step, once for all ranks
+per_sequence(batch)          -> {name: [B, T]}   what a token needs of its whole response: no vocabulary, no gradient
+per_token(student, teacher, tokens, given)   -> {name: [n]}   vocabulary -> token, on chunks of positions
+
+The loss of a step is sum_t weight_t loss_t, ``loss`` being an entry of ``per_token`` and the weights those of ``reduction``. A
+token's loss depends on no other token's distribution: a chunk can be differentiated as soon as it exists, and then be forgotten.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from raykd.logprobs import masked_sum
-from raykd.records import Batch
+from raykd.records import Batch, Row, Source
 
 PerToken = dict[str, Tensor]
 
@@ -39,30 +44,72 @@ class Progress:
     """Optimiser steps done in this stage."""
     steps: int
     """Optimiser steps this stage will do."""
+    batch_size: int = 1
+    """Responses of one optimiser step."""
+    coin: float = 0.0
+    """Uniform in [0, 1), drawn anew for every phase: one for all ranks."""
+    held: int = 0
+    """Responses in the replay buffer."""
+    held_out: tuple[float, ...] = ()
+    """Held-out losses of this stage so far; the first was measured before it began."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """Who writes the responses of the next phase: shares of the rows, decided once for all ranks."""
+    """Who writes the responses of the next phase: shares of the new rows, decided once for all ranks; all 0: nobody writes."""
 
     dataset: float = 0.0
     student: float = 0.0
     """Written token by token from ``teacher_share * p + (1 - teacher_share) * q``."""
+    teacher: float = 0.0
+    """Written by the teacher alone."""
     teacher_share: float = 0.0
+    same_prompts: bool = False
+    """Student and teacher answer the same prompts; else each has its own."""
+    keep: bool = True
+    """The new responses enter the replay buffer."""
+    replay: bool = True
+    """The phase learns from the replay buffer; else from the new responses alone."""
 
     def __post_init__(self) -> None:
-        if abs(self.dataset + self.student - 1) > 1e-9 or min(self.dataset, self.student) < 0:
+        shares = (self.dataset, self.student, self.teacher)
+        if min(shares) < 0 or (abs(sum(shares) - 1) > 1e-9 and (any(shares) or not self.replay)):
             raise ValueError(
-                f"mixture shares must be non-negative and sum to 1, got dataset {self.dataset}, student {self.student}"
+                "mixture shares must be non-negative and sum to 1 (or all be 0 where the replay buffer is learned from), got "
+                f"dataset {self.dataset}, student {self.student}, teacher {self.teacher}"
             )
+        if not (self.keep or not self.replay):
+            raise ValueError("a mixture that learns from the replay buffer must keep what it writes there")
         if not 0 <= self.teacher_share <= 1:
             raise ValueError(f"teacher_share must be within [0, 1], got {self.teacher_share}")
+
+    @property
+    def writers(self) -> frozenset[Source]:
+        """Those with a share."""
+        student = Source.MIXED if self.teacher_share > 0 else Source.STUDENT
+        shares = {Source.DATASET: self.dataset, student: self.student, Source.TEACHER: self.teacher}
+        return frozenset(source for source, share in shares.items() if share > 0)
+
+
+class Replay(BaseModel):
+    """How long responses are kept for another use."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    capacity: int = Field(default=1000, ge=1)
+    """Rows held over all ranks; the oldest leave first."""
+    max_staleness: int | None = Field(default=None, ge=0)
+    """Oldest policy version that is learned from, in optimiser steps before the current one; None: any."""
+    samples_per_insert: int | None = Field(default=None, ge=1)
+    """Uses of a row; None: as many as come, uniformly."""
 
 
 class Algorithm(BaseModel, ABC):
     """A frozen, validated value. Its fields are the method's hyper-parameters with the paper's values."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    reduction: Reduction = "token_mean"
 
     @property
     @abstractmethod
@@ -72,14 +119,45 @@ class Algorithm(BaseModel, ABC):
     def mixture(self, progress: Progress) -> Mixture: ...
 
     @abstractmethod
-    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor) -> PerToken:
-        """Reduce the vocabulary. ``student`` and ``teacher`` are float32 log-probabilities ``[..., V]`` (``teacher`` is None
-        unless ``needs`` is ``distribution``), ``tokens`` the response tokens ``[...]``; every result is ``[...]``."""
+    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
+        """Reduce the vocabulary. ``student`` and ``teacher`` are log-probabilities ``[n, V]``, at least float32 (``teacher`` is
+        None unless ``needs`` is ``distribution``), ``tokens`` the response tokens ``[n]``, ``given`` what ``per_sequence`` says
+        of them. ``loss`` is minimised, every other entry a metric, averaged over the tokens of the step; all are ``[n]``."""
 
-    @abstractmethod
-    def loss(self, per_token: PerToken, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Reduce the sequence. ``per_token`` holds ``[B, T]`` tensors, 0 at padding. The loss and every metric are this
-        micro-batch's SHARE: divided by ``batch.totals``, so that the sum over micro-batches and ranks is the step's value."""
+    def per_step(self, progress: Progress, rows: Sequence[Row]) -> dict[str, float]:
+        """Numbers that all responses of an optimiser step share; they are logged, and ``batch.totals.numbers`` holds them."""
+        return {}
+
+    def per_sequence(self, batch: Batch) -> dict[str, Tensor]:
+        """What the loss of a token needs to know of its whole response; ``[B, T]``, without gradient."""
+        return {}
+
+    def token_weights(self, batch: Batch) -> Tensor:
+        """``[B, T]``: what a token's loss counts in the step's. The denominators are the step's own, so that micro-batches and
+        ranks sum up to it; an empty response weighs nothing."""
+        weights = batch.mask.to(torch.float64)
+        if self.reduction == "token_mean":
+            weights = weights / max(batch.totals.tokens, 1)
+        else:
+            weights = weights / max(batch.totals.sequences, 1)
+        if self.reduction == "sequence_mean":
+            weights = weights / batch.mask.sum(-1, keepdim=True).clamp(min=1)
+        return weights
+
+    @property
+    def writers(self) -> frozenset[Source]:
+        """Everyone who may write a response in a stage: what must be started, and what the data must hold."""
+        return self.mixture(Progress(step=0, steps=1)).writers
+
+    @property
+    def needs_reward(self) -> bool:
+        """Whether the responses must be rated by the experiment's reward."""
+        return False
+
+    @property
+    def replay(self) -> Replay | None:
+        """How long responses are kept; None: for the phase that they were written for."""
+        return None
 
     @property
     def rollouts_per_phase(self) -> int | None:
@@ -92,16 +170,13 @@ class Algorithm(BaseModel, ABC):
         return 1
 
     @property
-    def text_weight(self) -> float:
-        """Weight of the language-modelling loss on plain text beside this method; 0: no plain text."""
-        return 0.0
+    def text(self) -> "TextTerm | None":
+        """The loss on plain text beside this method."""
+        return None
 
 
-def reduce_tokens(values: Tensor, batch: Batch, reduction: Reduction) -> Tensor:
-    """This micro-batch's share of the step's value, ``[B, T] -> []``: divided by ``batch.totals``; an empty response gives 0."""
-    if reduction == "token_mean":
-        return masked_sum(values, batch.mask) / max(batch.totals.tokens, 1)
-    sums = masked_sum(values, batch.mask, dim=-1)
-    if reduction == "sequence_mean":
-        sums = sums / batch.mask.sum(-1).clamp(min=1)
-    return sums.sum() / max(batch.totals.sequences, 1)
+class TextTerm(NamedTuple):
+    """An algorithm on plain text, and its weight."""
+
+    algorithm: Algorithm
+    weight: float

@@ -1,40 +1,18 @@
-"""DistiLLM: a skew KL per token, and the schedule by which the student's own text enters."""
+"""DistiLLM: a skew KL per token, and the schedule by which the student's own text enters and is used again."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from raykd.algorithms.base import Reduction
+from raykd.algorithms.base import Mixture, Progress, Replay, TextTerm
 from raykd.algorithms.gkd import GKD, NamedGKD, SkewForwardKL, SkewReverseKL
+from raykd.algorithms.sft import SFT
+from raykd.records import Row, Source
 
 SkewKL = Annotated[SkewForwardKL | SkewReverseKL, Field(discriminator="kind")]
-
-
-class DistiLLM(NamedGKD):
-    """Skew KL on the data set's and the student's responses; Ko et al., arXiv 2402.03898.
-
-        L = sum_t D(p_t, q_t),   D = SRKL = KL(q || (1 - alpha) p + alpha q)   or   SKL = KL(p || alpha p + (1 - alpha) q)
-
-    averaged over the tokens of the step; alpha 0.1 bounds both by -log 0.1 = 2.3 and keeps their gradients bounded where one of
-    the models has hardly any mass. D is a true divergence, 0 at p = q, and the student's part of the mixture is differentiated.
-
-    ``student_share`` is phi, here CONSTANT: that share of the rows of every step is written by the student as it stands. What
-    the paper adds, raising phi when the validation loss rises and reusing old student responses from the replay buffer, is
-    ``AdaptiveSchedule``; it is NOT YET PART OF THE TRAINING LOOP, and no field of this class claims it. The default 0 is the
-    paper's phi at the start: the data set's responses alone, as the paper's run goes on for as long as its phi is not raised.
-    """
-
-    kind: Literal["distillm"] = "distillm"
-    divergence: SkewKL = SkewReverseKL(alpha=0.1)
-    student_share: float = Field(default=0.0, ge=0, le=1)
-    reduction: Reduction = "token_mean"
-
-    @property
-    def distillation(self) -> GKD:
-        """The same objective as a token-level divergence on a share of the student's text."""
-        return GKD(divergence=self.divergence, student_share=self.student_share, reduction=self.reduction)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +53,8 @@ class AdaptiveSchedule(BaseModel):
 
     start: float = Field(default=0.0, ge=0, le=1)
     """phi before the first validation that raises it; at 0 no student text is used until then."""
-    step: float = Field(default=0.1, gt=0, le=1)
+    step: float = Field(default=0.1, ge=0, le=1)
+    """What a raise adds; 0 keeps phi at ``start``."""
     tolerance: float = Field(default=0.1, ge=0)
     reference: Literal["previous", "last_raise"] = "previous"
     """Compare with the previous validation, L > reference + tolerance, or with the one that last raised phi (at first: the one
@@ -88,11 +67,20 @@ class AdaptiveSchedule(BaseModel):
     """Below ``capacity`` every step with u < phi generates; else only while the buffer cannot fill a batch."""
     capacity: int = Field(default=1000, ge=1)
     """Rows of the buffer, over all ranks."""
+    max_staleness: int | None = Field(default=None, ge=0)
+    """Oldest student whose responses are used again, in optimiser steps; None: any, as in paper and code."""
 
     @classmethod
     def code(cls) -> "AdaptiveSchedule":
         """The public code (jongwooko/distillm at d47e77f), with one coin and one buffer for all ranks, not one per rank."""
         return cls(reference="last_raise", train_on_fresh=True, generate_until_full=True)
+
+    def seen(self, losses: Sequence[float]) -> AdaptiveState:
+        """The state after these validations; the first was measured before training."""
+        state = self.begin()
+        for loss in losses:
+            state = self.after(loss, state)
+        return state
 
     def begin(self) -> AdaptiveState:
         """The state before the first validation."""
@@ -124,3 +112,64 @@ class AdaptiveSchedule(BaseModel):
         wanted = max(batch_size, self.capacity) if self.generate_until_full else batch_size
         generate = coin < state.student_share * part or held < wanted
         return Turn(generate=generate, learn_from="fresh" if generate and self.train_on_fresh else "replay")
+
+
+class DistiLLM(NamedGKD):
+    """Skew KL on the data set's and the student's responses; Ko et al., arXiv 2402.03898.
+
+        L = sum_t D(p_t, q_t),   D = SRKL = KL(q || (1 - alpha) p + alpha q)   or   SKL = KL(p || alpha p + (1 - alpha) q)
+
+    averaged over the tokens of the step; alpha 0.1 bounds both by -log 0.1 = 2.3 and keeps their gradients bounded where one of
+    the models has hardly any mass. D is a true divergence, 0 at p = q, and the student's part of the mixture is differentiated.
+
+    Whose responses a step learns from is the ``schedule``'s to say: it needs held-out reference answers, measured every
+    ``evaluation.every`` steps. On-policy, with a constant share, the same loss is ``GKD(divergence=SkewReverseKL())``.
+    """
+
+    kind: Literal["distillm"] = "distillm"
+    divergence: SkewKL = SkewReverseKL(alpha=0.1)
+    schedule: AdaptiveSchedule = AdaptiveSchedule()
+    text_coefficient: float = Field(default=0.0, ge=0)
+    """Weight of the language-modelling loss on plain text; the public scripts have 1 for this method, none for its baselines."""
+
+    @classmethod
+    def paper(cls) -> "DistiLLM":
+        """The bare value."""
+        return cls()
+
+    @classmethod
+    def code(cls) -> "DistiLLM":
+        """The public code's schedule and its loss on plain text."""
+        return cls(schedule=AdaptiveSchedule.code(), text_coefficient=1.0)
+
+    @property
+    def distillation(self) -> GKD:
+        """The same objective as a token-level divergence, whoever wrote the text."""
+        return GKD(divergence=self.divergence)
+
+    @property
+    def writers(self) -> frozenset[Source]:
+        return frozenset({Source.DATASET, Source.STUDENT})
+
+    @property
+    def replay(self) -> Replay | None:
+        return Replay(capacity=self.schedule.capacity, max_staleness=self.schedule.max_staleness)
+
+    @property
+    def text(self) -> TextTerm | None:
+        return TextTerm(SFT(), self.text_coefficient) if self.text_coefficient > 0 else None
+
+    def mixture(self, progress: Progress) -> Mixture:
+        turn = self.schedule.turn(
+            progress.coin,
+            progress.step / progress.steps,
+            self.schedule.seen(progress.held_out),
+            progress.held,
+            progress.batch_size,
+        )
+        if turn.learn_from == "dataset":
+            return Mixture(dataset=1.0, keep=False, replay=False)
+        return Mixture(student=float(turn.generate), replay=turn.learn_from == "replay")
+
+    def per_step(self, progress: Progress, rows: Sequence[Row]) -> dict[str, float]:
+        return {"student_share": self.schedule.seen(progress.held_out).student_share}

@@ -1,16 +1,18 @@
 """Distillation by a divergence per token, on the data set's or the student's responses: KD, ImitKD, GKD."""
 
 from abc import abstractmethod
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from raykd import divergences
-from raykd.algorithms.base import Algorithm, Mixture, Needs, PerToken, Progress, Reduction, reduce_tokens
+from raykd.algorithms.base import Algorithm, Mixture, Needs, PerToken, Progress
 from raykd.logprobs import entropy, gather
-from raykd.records import Batch
+from raykd.records import Batch, Row, Source
+from raykd.surrogates import clipped_surrogate, importance_ratio
 
 
 class TokenDivergence(BaseModel):
@@ -120,33 +122,41 @@ class TokenDistillation(Algorithm):
     """L = sum_t D(p(. | x, y_<t), q(. | x, y_<t)), reduced over the tokens of the step; y is a constant, whoever wrote it."""
 
     divergence: AnyDivergence = ForwardKL()
-    reduction: Reduction = "token_mean"
 
     @property
     def needs(self) -> Needs:
         return Needs.DISTRIBUTION
 
-    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor) -> PerToken:
+    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
         assert teacher is not None, "the teacher's distribution was declared as needed"
-        with torch.no_grad():
-            measured = {"nll": -gather(student, tokens), "entropy": entropy(student)}
-        return {"divergence": self.divergence(student, teacher), **measured}
+        loss = self.divergence(student, teacher)
+        return {"loss": loss, "divergence": loss.detach(), **measures(student, tokens)}
 
-    def loss(self, per_token: PerToken, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = reduce_tokens(per_token["divergence"], batch, self.reduction)
-        return loss, {name: reduce_tokens(values.detach(), batch, "token_mean") for name, values in per_token.items()}
+
+@torch.no_grad()
+def measures(student: Tensor, tokens: Tensor) -> PerToken:
+    """What is worth watching of any student: the cross-entropy of the text and the entropy of the distribution."""
+    return {"nll": -gather(student, tokens), "entropy": entropy(student)}
 
 
 class KD(TokenDistillation):
-    """Word-level distillation: forward KL on the data set's responses; Hinton et al., arXiv 1503.02531; Kim and Rush, 1606.07947.
+    """Word-level distillation on the data set's responses; Hinton et al., arXiv 1503.02531; Kim and Rush, 1606.07947.
 
-    No cross-entropy on the data set's tokens is added.
+    L = (1 - data_weight) KL(p || q) - data_weight log q(y_t). No cross-entropy on the data set's tokens is added by default; the
+    baselines of MiniLLM (arXiv 2306.08543) have ``data_weight`` 0.5.
     """
 
     kind: Literal["kd"] = "kd"
+    data_weight: float = Field(default=0.0, ge=0, le=1)
 
     def mixture(self, progress: Progress) -> Mixture:
         return Mixture(dataset=1.0)
+
+    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
+        values = super().per_token(student, teacher, tokens, given)
+        if self.data_weight > 0:
+            values["loss"] = (1 - self.data_weight) * values["loss"] - self.data_weight * gather(student, tokens)
+        return values
 
 
 class ImitKD(TokenDistillation):
@@ -166,21 +176,66 @@ class GKD(TokenDistillation):
     """Generalised distillation; Agarwal et al., arXiv 2306.13649.
 
     L = (1 - lambda) E_{(x, y) ~ data}[D(p, q)(y | x)] + lambda E_{x, y ~ q}[D(p, q)(y | x)], D summed over the positions of y and
-    not differentiated through the sampling. ``student_share`` is lambda: here the share of rows in every step, in the paper the
-    probability of a whole batch, of one expectation. The student should be fine-tuned first.
+    not differentiated through the sampling. ``student_share`` is lambda: the share of the rows of every step, or with ``coin``
+    the probability that a whole step is the student's (algorithm 1); of one expectation. The student should be fine-tuned first.
+
+    With ``reward_weight`` r > 0 it minimises (1 - r) E[D] - r E_{y ~ q}[reward(y)] (equation 5, whose alpha is 1 - r) on the
+    student's own responses: the reward by policy gradient, with the mean reward of the step's other responses as baseline.
     """
 
     kind: Literal["gkd"] = "gkd"
     divergence: AnyDivergence = JSD(beta=0.9)
     student_share: float = Field(default=1.0, ge=0, le=1)
+    coin: bool = False
+    """Decide who writes for whole steps at a time."""
+    reward_weight: float = Field(default=0.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _rewards_own_text(self) -> Self:
+        if self.reward_weight > 0 and self.student_share < 1:
+            raise ValueError(
+                f"reward_weight {self.reward_weight} rewards the student's own responses, but student_share is "
+                f"{self.student_share}; set it to 1"
+            )
+        return self
 
     @classmethod
     def paper(cls) -> "GKD":
-        """The paper's reduction: the mean over the positions of a response, then over responses."""
-        return cls(reduction="sequence_mean")
+        """Algorithm 1 and the paper's reduction: the mean over the positions of a response, then over responses."""
+        return cls(reduction="sequence_mean", coin=True)
 
     def mixture(self, progress: Progress) -> Mixture:
-        return Mixture(dataset=1 - self.student_share, student=self.student_share)
+        student = float(progress.coin < self.student_share) if self.coin else self.student_share
+        return Mixture(dataset=1 - student, student=student)
+
+    @property
+    def writers(self) -> frozenset[Source]:
+        return Mixture(dataset=1 - self.student_share, student=self.student_share).writers
+
+    @property
+    def needs_reward(self) -> bool:
+        return self.reward_weight > 0
+
+    def per_step(self, progress: Progress, rows: Sequence[Row]) -> dict[str, float]:
+        return {"reward": sum(row.reward for row in rows) / max(1, len(rows))} if self.needs_reward else {}
+
+    def per_sequence(self, batch: Batch) -> dict[str, Tensor]:
+        """The advantage r(y) - mean of the others' rewards, counted once a response whatever the reduction of D is."""
+        if not self.needs_reward:
+            return {}
+        count = max(1, batch.totals.sequences)
+        others = count / max(1, count - 1) * (batch.rewards - batch.totals.numbers["reward"])
+        weights = self.token_weights(batch)
+        scale = torch.where(batch.mask, 1 / count / weights, 0.0)
+        return {"advantage": others[:, None] * scale, "behaviour": batch.behaviour_logprobs}
+
+    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
+        values = super().per_token(student, teacher, tokens, given)
+        if self.needs_reward:
+            ratio = importance_ratio(gather(student, tokens), given["behaviour"])
+            reward_loss = clipped_surrogate(ratio, given["advantage"], clip=None)
+            values["loss"] = (1 - self.reward_weight) * values["loss"] + self.reward_weight * reward_loss
+        return values
 
 
 class NamedGKD(Algorithm):
@@ -188,7 +243,7 @@ class NamedGKD(Algorithm):
 
     @property
     @abstractmethod
-    def distillation(self) -> GKD:
+    def distillation(self) -> TokenDistillation:
         """The same objective as a GKD value."""
 
     @property
@@ -198,8 +253,5 @@ class NamedGKD(Algorithm):
     def mixture(self, progress: Progress) -> Mixture:
         return self.distillation.mixture(progress)
 
-    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor) -> PerToken:
-        return self.distillation.per_token(student, teacher, tokens)
-
-    def loss(self, per_token: PerToken, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        return self.distillation.loss(per_token, batch)
+    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
+        return self.distillation.per_token(student, teacher, tokens, given)

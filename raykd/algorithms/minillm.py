@@ -1,15 +1,19 @@
 """MiniLLM: sequence-level reverse KL by policy gradient, on responses of the student mixed with the teacher."""
 
-from typing import Literal
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from raykd.algorithms.base import Algorithm, Mixture, Needs, PerToken, Progress, Reduction, reduce_tokens
+from raykd.algorithms.base import Algorithm, Mixture, Needs, PerToken, Progress, TextTerm
+from raykd.algorithms.gkd import KD, measures
+from raykd.algorithms.sft import SFT
 from raykd.divergences import reverse_kl
-from raykd.logprobs import entropy, future_returns, gather, remaining_tokens, returns_to_go
-from raykd.records import Batch
+from raykd.logprobs import future_returns, gather, remaining_tokens, returns_to_go
+from raykd.records import Batch, Row
 from raykd.surrogates import clipped_surrogate, importance_ratio, is_clipped
 
 
@@ -45,8 +49,12 @@ class MiniLLM(Algorithm):
     """Rewards are divided by it."""
     reward_clip: float | None = Field(default=None, gt=0)
     """Rewards are kept within +-reward_clip after scaling."""
-    reduction: Reduction = "token_mean"
+    whiten: Literal["tokens"] | Annotated[int, Field(ge=1)] | None = None
+    """Advantages minus their mean, over their standard deviation, both of the whole step: over its tokens, or over so many
+    positions a response, padding counted as 0 (which shifts the mean of the real ones)."""
     text_coefficient: float = Field(default=1.0, ge=0)
+    text_distillation: float = Field(default=0.0, ge=0, le=1)
+    """Share of the loss on plain text that is the teacher's cross-entropy there instead of the text's own."""
     rollouts: int = Field(default=256, ge=1)
     """Responses written before learning from them."""
     epochs: int = Field(default=4, ge=1)
@@ -59,12 +67,19 @@ class MiniLLM(Algorithm):
 
     @classmethod
     def lmops(cls) -> "MiniLLM":
-        """The rewards and returns of the public code (microsoft/LMOps at 4f2a9de), for comparisons.
+        """The public code (microsoft/LMOps at 4f2a9de), for comparisons, its whitening over 256 padded positions included.
 
-        Left out, because they make a result depend on the padding and the number of devices: whitening over padded positions and
-        token means per micro-batch. Also left out: the teacher's half of its plain-text loss.
+        What it does per micro-batch on one device, whitening and token means, is done once for the whole step here: the same
+        where a step is one micro-batch.
         """
-        return cls(include_current_reward=True, discount=0.95, reward_scale=0.5, reward_clip=100.0)
+        return cls(
+            include_current_reward=True,
+            discount=0.95,
+            reward_scale=0.5,
+            reward_clip=100.0,
+            whiten=256,
+            text_distillation=0.5,
+        )
 
     @property
     def needs(self) -> Needs:
@@ -78,47 +93,68 @@ class MiniLLM(Algorithm):
     def inner_epochs(self) -> int:
         return self.epochs
 
-    @property
-    def text_weight(self) -> float:
-        return self.text_coefficient
-
     def mixture(self, progress: Progress) -> Mixture:
         return Mixture(student=1.0, teacher_share=self.teacher_share)
 
-    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor) -> PerToken:
-        with torch.no_grad():
-            measured = {"entropy": entropy(student)}
-        if self.single_step:
-            assert teacher is not None, "the teacher's distribution was declared as needed"
-            measured["reverse_kl"] = reverse_kl(student, teacher)
-        return {"logprob": gather(student, tokens), **measured}
+    @property
+    def text(self) -> TextTerm | None:
+        if self.text_coefficient == 0:
+            return None
+        share = self.text_distillation
+        return TextTerm(KD(data_weight=1 - share) if share > 0 else SFT(), self.text_coefficient)
 
-    def advantages(self, batch: Batch) -> Tensor:
-        """R_t: the return of the rewards after t (from t on with ``include_current_reward``), without gradient; ``[B, T]``."""
-        rewards = (batch.teacher_logprobs - batch.student_logprobs) / self.reward_scale
+    def advantages(self, log_ratios: Tensor, mask: Tensor) -> Tensor:
+        """R_t of log p - log q_old: the return of the rewards after t (from t on with ``include_current_reward``); ``[B, T]``."""
+        rewards = log_ratios / self.reward_scale
         if self.reward_clip is not None:
             rewards = rewards.clamp(-self.reward_clip, self.reward_clip)
-        returns = (returns_to_go if self.include_current_reward else future_returns)(rewards, batch.mask, self.discount)
+        returns = (returns_to_go if self.include_current_reward else future_returns)(rewards, mask, self.discount)
         if self.length_normalise:
-            returns = returns / remaining_tokens(batch.mask, self.include_current_reward).clamp(min=1)
-        return returns.detach()
+            returns = returns / remaining_tokens(mask, self.include_current_reward).clamp(min=1)
+        return returns
 
-    def loss(self, per_token: PerToken, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        advantages = self.advantages(batch)
-        logprob = torch.where(batch.mask, per_token["logprob"], 0.0)
-        ratio = importance_ratio(logprob, torch.where(batch.mask, batch.behaviour_logprobs, 0.0))
-        policy_loss = reduce_tokens(clipped_surrogate(ratio, advantages, self.clip), batch, self.reduction)
-        loss, metrics = policy_loss, {"policy_loss": policy_loss.detach()}
-        if self.single_step:
-            exact = per_token["reverse_kl"] * ratio.detach() if self.weight_single_step else per_token["reverse_kl"]
-            exact_loss = reduce_tokens(exact, batch, self.reduction)
-            loss, metrics = loss + exact_loss, metrics | {"single_step_loss": exact_loss.detach()}
-        measured = {
-            "sampled_reverse_kl": batch.student_logprobs - batch.teacher_logprobs,
+    def per_step(self, progress: Progress, rows: Sequence[Row]) -> dict[str, float]:
+        """Mean and standard deviation of the advantages of the step, where they are whitened."""
+        if self.whiten is None:
+            return {}
+        advantages = [self._recorded_advantages(row) for row in rows]
+        positions = sum(len(values) if self.whiten == "tokens" else self.whiten for values in advantages)
+        mean = sum(float(values.sum()) for values in advantages) / max(1, positions)
+        squares = sum(float(values.square().sum()) for values in advantages)
+        return {"advantage_mean": mean, "advantage_std": math.sqrt(max(0.0, squares / max(1, positions) - mean**2))}
+
+    def _recorded_advantages(self, row: Row) -> Tensor:
+        """Of one response, ``[T]``."""
+        student, teacher = (torch.tensor(values) for values in (row.rollout.student_logprobs, row.teacher_logprobs))
+        return self.advantages((teacher - student)[None], torch.ones(1, len(student), dtype=torch.bool))[0]
+
+    def per_sequence(self, batch: Batch) -> dict[str, Tensor]:
+        advantages = self.advantages(batch.teacher_logprobs - batch.student_logprobs, batch.mask)
+        if self.whiten is not None:
+            mean, std = batch.totals.numbers["advantage_mean"], batch.totals.numbers["advantage_std"]
+            advantages = (advantages - mean) / math.sqrt(std**2 + 1e-8)
+        return {
             "advantage": advantages,
-            "importance_weight": ratio,
-            "importance_weight_squared": ratio.square(),
-            "clip_fraction": is_clipped(ratio, advantages, self.clip).float(),
-            **{name: values for name, values in per_token.items() if name in ("entropy", "reverse_kl")},
+            "behaviour": batch.behaviour_logprobs,
+            "sampled_reverse_kl": batch.student_logprobs - batch.teacher_logprobs,
         }
-        return loss, metrics | {name: reduce_tokens(values.detach(), batch, "token_mean") for name, values in measured.items()}
+
+    def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
+        advantage = given["advantage"]
+        ratio = importance_ratio(gather(student, tokens), given["behaviour"])
+        loss = policy_loss = clipped_surrogate(ratio, advantage, self.clip)
+        values = {
+            "policy_loss": policy_loss.detach(),
+            "sampled_reverse_kl": given["sampled_reverse_kl"],
+            "advantage": advantage,
+            "importance_weight": ratio.detach(),
+            "importance_weight_squared": ratio.detach().square(),
+            "clip_fraction": is_clipped(ratio, advantage, self.clip).float(),
+            **measures(student, tokens),
+        }
+        if self.single_step:
+            assert teacher is not None, "the teacher's distribution was declared as needed"
+            exact = reverse_kl(student, teacher)
+            values["reverse_kl"] = exact.detach()
+            loss = loss + (exact * ratio.detach() if self.weight_single_step else exact)
+        return {"loss": loss, **values}
