@@ -51,24 +51,42 @@ def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return beta * _kl(teacher, mixed) + (1 - beta) * _kl(student, mixed)
 
 
-def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
+def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float | Tensor) -> Tensor:
     """SKL(alpha) = KL(p || alpha p + (1 - alpha) q); DistiLLM, arXiv 2402.03898.
 
-    ``[..., V], [..., V] -> [...]``, range [0, -log alpha]. alpha = 0 is forward KL, alpha = 1 gives 0.
+    ``[..., V], [..., V] -> [...]``, range [0, -log alpha]; one alpha, or one a token ``[...]``. alpha = 0 is forward KL, alpha = 1
+    gives 0.
     """
-    _check_share("skew_forward_kl: alpha", alpha)
+    share = _share_of_each("skew_forward_kl: alpha", alpha)
     student, teacher = _checked(student, teacher)
-    return _kl(teacher, mixture_logprobs(student, teacher, alpha))
+    return _kl(teacher, mixture_logprobs(student, teacher, share))
 
 
-def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
-    """SRKL(alpha) = KL(q || (1 - alpha) p + alpha q); DistiLLM, arXiv 2402.03898. The mixture's gradient is included.
+def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float | Tensor, *, detach_mixture: bool = False) -> Tensor:
+    """SRKL(alpha) = KL(q || (1 - alpha) p + alpha q); DistiLLM, arXiv 2402.03898.
 
-    ``[..., V], [..., V] -> [...]``, range [0, -log alpha]. alpha = 0 is reverse KL, alpha = 1 gives 0.
+    ``[..., V], [..., V] -> [...]``, range [0, -log alpha]; one alpha, or one a token ``[...]``. alpha = 0 is reverse KL, alpha = 1
+    gives 0. The mixture's gradient, -alpha q / m, is included unless ``detach_mixture``, as DistiLLM-2's public code has it.
     """
-    _check_share("skew_reverse_kl: alpha", alpha)
+    share = _share_of_each("skew_reverse_kl: alpha", alpha)
     student, teacher = _checked(student, teacher)
-    return _kl(student, mixture_logprobs(student, teacher, 1 - alpha))
+    return _kl(student, mixture_logprobs(student.detach() if detach_mixture else student, teacher, 1 - share))
+
+
+def top_k(student: Tensor, teacher: Tensor, k: int, *, tail: bool = True) -> tuple[Tensor, Tensor]:
+    """Student and teacher on the teacher's k most probable tokens and one event for all others; ``[..., V] -> [..., k + 1]``.
+
+    A divergence of the two is a true divergence and never more than that of the whole vocabulary (data processing), with the mass
+    outside in it. Without ``tail`` both are renormalised on the k tokens: ``[..., k]``, blind to what leaks out of them. A
+    vocabulary of k tokens or fewer stays as it is. Gradients are finite.
+    """
+    if k < 1:
+        raise ValueError(f"top_k: k must be at least 1, got {k}")
+    student, teacher = _checked(student, teacher)
+    if k >= student.shape[-1]:
+        return student, teacher
+    kept = teacher.topk(k).indices
+    return tuple(_on_kept(logprobs, kept, tail) for logprobs in (student, teacher))  # pyright: ignore[reportReturnType]
 
 
 def adaptive_kl(student: Tensor, teacher: Tensor, head_mass: float = 0.5, boundary: Boundary = "minimal") -> Tensor:
@@ -157,3 +175,22 @@ def _checked(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def _check_share(name: str, value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be within [0, 1], got {value}")
+
+
+def _share_of_each(name: str, value: float | Tensor) -> float | Tensor:
+    """A share that broadcasts against ``[..., V]``."""
+    if isinstance(value, Tensor):
+        return value.unsqueeze(-1)
+    _check_share(name, value)
+    return value
+
+
+def _on_kept(logprobs: Tensor, kept: Tensor, tail: bool) -> Tensor:
+    """Log-probs of the kept tokens, then of all others together; or renormalised on the kept ones."""
+    chosen = logprobs.gather(-1, kept)
+    if not tail:
+        return chosen.log_softmax(-1)
+    # logsumexp of nothing but -inf has a NaN gradient; a floor whose exponential is 0 changes no value.
+    floor = torch.finfo(logprobs.dtype).min / 4
+    others = logprobs.clamp(min=floor).scatter(-1, kept, floor).logsumexp(-1, keepdim=True)
+    return torch.cat([chosen, others.masked_fill(others <= floor / 2, -torch.inf)], -1)

@@ -17,8 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from raykd.actors import ModelFacts
-from raykd.experiment import Experiment, Model
+from raykd.experiment import Experiment, FunctionReward, Model
 from raykd.prompts import Documents, PromptStream, eos_id, pack_text, read_rows, tokenise_documents, tokenise_pairs
+from raykd.reward import load_function
 from raykd.tracking import Tracker
 from raykd.train import Data, Position, measure, restore_checkpoint, train
 from raykd.workers import Workers
@@ -43,6 +44,8 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
     console = console or Console()
     disable_progress_bar()  # of loading and writing weights; the run has its own
     tokenizer = check_models(experiment)
+    if isinstance(experiment.reward, FunctionReward):
+        load_function(experiment.reward.name)
     data = prepare(experiment, tokenizer)
     connect(experiment)
     folder = resume or new_folder(experiment)

@@ -61,13 +61,8 @@ class Teacher:
             mask[row, : len(sequence)] = 1
         states = self._body(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False).last_hidden_state
         # Nothing predicts the first token of a text without a prompt; its row is there to be left out.
-        starts = [max(0, len(rollout.prompt_tokens) - 1) for rollout in rollouts]
-        return [
-            torch.cat(
-                [states[i, :1].expand(not r.prompt_tokens, -1), states[i, start : start + len(r.tokens) - (not r.prompt_tokens)]]
-            )
-            for i, (start, r) in enumerate(zip(starts, rollouts, strict=True))
-        ]
+        positions = [[max(0, len(r.prompt_tokens) - 1 + slot) for slot in range(len(r.tokens))] for r in rollouts]
+        return [states[i, of_rollout] for i, of_rollout in enumerate(positions)]
 
 
 def head_of(model: PreTrainedModel) -> Head:

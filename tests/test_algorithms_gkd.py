@@ -1,6 +1,7 @@
 """KD, ImitKD and GKD: hand-worked values, golden numbers and what every divergence must keep through the reduction."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,11 +28,15 @@ from raykd.algorithms.gkd import (
     AnyDivergence,
     ForwardKL,
     Jeffreys,
+    OfDistributions,
     ReverseKL,
     SkewForwardKL,
     SkewReverseKL,
+    TopK,
     TotalVariation,
 )
+from raykd.logprobs import gather
+from raykd.records import Source
 
 START = Progress(step=0, steps=10)
 EVERY: list[AnyDivergence] = [
@@ -44,6 +49,8 @@ EVERY: list[AnyDivergence] = [
     TotalVariation(),
     Jeffreys(),
     AlphaBeta(),
+    TopK(k=2),
+    TopK(k=3, of=ReverseKL()),
 ]
 
 
@@ -152,3 +159,68 @@ def test_a_divergence_is_read_from_json_by_its_kind() -> None:
 def test_the_ends_of_jsd_are_refused(beta: float) -> None:
     with pytest.raises(ValidationError, match="beta"):
         JSD(beta=beta)
+
+
+def test_the_coin_decides_for_whole_steps() -> None:
+    algorithm = GKD.paper().model_copy(update={"student_share": 0.3})
+    students = [algorithm.mixture(Progress(step=0, steps=1, coin=coin)).student for coin in (0.0, 0.29, 0.3, 0.99)]
+    assert students == [1.0, 1.0, 0.0, 0.0]
+    assert algorithm.writers == {Source.DATASET, Source.STUDENT}
+
+
+def test_cross_entropy_beside_the_divergence_by_hand() -> None:
+    """Half of 33/8 bits of forward KL and half of 11 bits of cross-entropy, over five tokens."""
+    loss, _ = evaluate(KD(data_weight=0.5), hand_case())
+    assert loss.item() == pytest.approx((33 / 16 + 11 / 2) / 5 * math.log(2), abs=1e-12)
+
+
+def test_temperature_softens_both_distributions_in_the_loss() -> None:
+    case = random_case([2, 1])
+    cold = Case(case.logits / 2, (case.teacher / 2).log_softmax(-1), case.batch)
+    softened, gradient = loss_and_gradient(GKD(divergence=ReverseKL(), temperature=2.0), case)
+    plain, inner = loss_and_gradient(GKD(divergence=ReverseKL()), cold)
+    torch.testing.assert_close(softened, plain)
+    torch.testing.assert_close(gradient, inner / 2)
+
+
+@pytest.mark.parametrize("of", [ReverseKL(), JSD(), SkewReverseKL(), Jeffreys()])
+def test_top_k_without_the_tail_is_refused_where_leaking_mass_would_pay(of: OfDistributions) -> None:
+    assert TopK(k=4, of=of).tail
+    with pytest.raises(ValidationError, match="tail"):
+        TopK(k=4, of=of, tail=False)
+
+
+REWARDS = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
+"""Of the responses 00, 01, 10, 11."""
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sequence_sum"])
+def test_the_expected_gradient_of_the_reward_is_exact(reduction: Reduction) -> None:
+    """Over all pairs of responses, each the other's baseline: r times the gradient of -E[reward], D left out by r = 1."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(3, 2, generator=generator, dtype=torch.float64)
+    leaf, responses = logits.clone().requires_grad_(), torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+    rows = torch.stack([torch.zeros(4, dtype=torch.int64), 1 + responses[:, 0]], 1)
+    q = gather(leaf.log_softmax(-1)[rows], responses).sum(-1)
+    algorithm = GKD(reward_weight=1.0, reduction=reduction)
+    total = torch.zeros(())
+    for one in range(4):
+        for other in range(4):
+            pair = [one, other]
+            case = make_case(leaf[rows[pair]], logits[rows[pair]], logits[rows[pair]], responses[pair], [2, 2], share=0.0)
+            case = Case(case.logits, case.teacher.log_softmax(-1), replace(case.batch, rewards=REWARDS[pair]))
+            total = total + q[pair].sum().detach().exp() * evaluate(algorithm, case)[0]
+    got, expected = (torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in (total, -(q.exp() * REWARDS).sum()))
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+
+
+def test_reward_and_divergence_are_weighed() -> None:
+    case = random_case([3, 2], share=0.0)
+    case = Case(case.logits, case.teacher, replace(case.batch, rewards=torch.tensor([1.0, 0.0])))
+    _, mixed = loss_and_gradient(GKD(reward_weight=0.3), case)
+    _, reward = loss_and_gradient(GKD(reward_weight=1.0), case)
+    _, divergence = loss_and_gradient(GKD(), case)
+    torch.testing.assert_close(mixed, 0.3 * reward + 0.7 * divergence)
+    check_micro_batches(GKD(reward_weight=0.3), case, [[1], [0]])
+    with pytest.raises(ValidationError, match="student_share"):
+        GKD(reward_weight=0.3, student_share=0.5)

@@ -22,6 +22,7 @@ from raykd.divergences import (
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
+    top_k,
     total_variation,
 )
 
@@ -280,3 +281,43 @@ def test_what_cannot_be_meant_is_refused() -> None:
         alpha_beta(q, p, -0.5, 1.0)
     with pytest.raises(ValueError, match="cut both vocabularies"):
         forward_kl(q, p[:, :4])
+
+
+@settings(max_examples=50, deadline=None)
+@given(LOGITS, st.integers(1, 8))
+def test_top_k_with_its_tail_is_a_lower_bound(pair: tuple[list[float], list[float]], k: int) -> None:
+    student, teacher = torch.tensor(pair, dtype=torch.float64).log_softmax(-1)
+    for divergence in (forward_kl, reverse_kl):
+        seen = divergence(*top_k(student, teacher, k))
+        assert (seen >= -1e-9).all()
+        assert (seen <= divergence(student, teacher) + 1e-9).all()
+
+
+def test_top_k_by_hand() -> None:
+    """p = (.5, .3, .15, .05), q = (.2, .4, .1, .3): on two tokens and the rest (.5, .3, .2) against (.2, .4, .4)."""
+    student, teacher = (torch.tensor(x, dtype=torch.float64).log() for x in ((0.2, 0.4, 0.1, 0.3), (0.5, 0.3, 0.15, 0.05)))
+    seen_student, seen_teacher = top_k(student, teacher, 2)
+    torch.testing.assert_close(seen_student.exp(), torch.tensor([0.2, 0.4, 0.4], dtype=torch.float64))
+    torch.testing.assert_close(seen_teacher.exp(), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64))
+    renormalised = top_k(student, teacher, 2, tail=False)
+    torch.testing.assert_close(renormalised[0].exp(), torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
+    assert all(a is b for a, b in zip(top_k(student, teacher, 4), (student, teacher), strict=True))
+    with pytest.raises(ValueError, match="k must be"):
+        top_k(student, teacher, 0)
+
+
+def test_the_gradient_of_top_k_is_finite_where_nothing_is_left_outside() -> None:
+    logits = torch.tensor([1.0, 2.0, -torch.inf, -torch.inf], dtype=torch.float64, requires_grad=True)
+    teacher = torch.tensor([0.5, 0.5, 0.0, 0.0], dtype=torch.float64).log()
+    forward_kl(*top_k(logits.log_softmax(-1), teacher, 2)).backward()
+    assert logits.grad is not None
+    torch.testing.assert_close(logits.grad[:2], logits.detach()[:2].softmax(-1) - 0.5)
+
+
+@pytest.mark.parametrize("divergence", [skew_forward_kl, skew_reverse_kl])
+def test_one_skew_a_token_equals_token_by_token(divergence: Callable[..., Tensor]) -> None:
+    generator = torch.Generator().manual_seed(4)
+    student, teacher = (torch.randn(3, 5, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    alphas = torch.tensor([0.01, 0.1, 0.5], dtype=torch.float64)
+    expected = torch.stack([divergence(student[i], teacher[i], float(alphas[i])) for i in range(3)])
+    torch.testing.assert_close(divergence(student, teacher, alphas), expected)

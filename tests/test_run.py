@@ -9,15 +9,14 @@ import ray
 import torch
 from example_text import text, text_tokenizer
 from rich.console import Console
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama, prompts, save_teacher
+from transformers import AutoModelForCausalLM
 
 from raykd.actors import ModelFacts
 from raykd.algorithms import GKD, KD, SFT, MiniLLM
 from raykd.algorithms.base import Needs
 from raykd.algorithms.gkd import ReverseKL
 from raykd.experiment import (
-    EngineConfig,
     EvaluationConfig,
     Experiment,
     LearnerConfig,
@@ -28,57 +27,18 @@ from raykd.experiment import (
     TeacherConfig,
     TrackingConfig,
 )
-from raykd.prompts import Documents, Pairs, PromptStream, eos_id, read_rows, tokenise_pairs
-from raykd.records import Prompt, Scores, Source
+from raykd.prompts import Documents, Pairs, eos_id
+from raykd.records import Scores, Source
 from raykd.run import Result, connect, run
 from raykd.weights import unpack
 from raykd.workers import Term, Workers, dataset_rollouts, unscored
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
-MAX_PROMPT, MAX_RESPONSE = 24, 24
-ON_CPU = EngineConfig(dtype="float32", cpu_cache_gib=0.25)
-
-
-def llama(hidden: int) -> dict[str, object]:
-    return {
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": 1,
-        "num_attention_heads": hidden // 32,
-        "num_key_value_heads": hidden // 32,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
-    }
-
-
-def prompts() -> list[Prompt]:
-    source = Pairs(path=str(text().pairs))
-    return tokenise_pairs(read_rows(source), source, text_tokenizer(), max_prompt=MAX_PROMPT, max_response=MAX_RESPONSE)
-
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama that has learned something, by a plain PyTorch loop."""
-    torch.manual_seed(0)
-    torch.set_num_threads(2)
-    tokenizer, stream = text_tokenizer(), PromptStream(prompts(), seed=0)
-    config = LlamaConfig(**{**llama(64), "vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": tokenizer.eos_token_id})
-    model = LlamaForCausalLM(config)
-    adam = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(120):
-        rows = [torch.tensor(prompt.tokens + prompt.response) for prompt in stream.take(16)]
-        ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
-        logits = model(ids.clamp(min=0)).logits
-        loss = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        adam.zero_grad()
-        loss.backward()
-        adam.step()
-    folder = tmp_path_factory.mktemp("teacher")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def experiment(teacher: Path, runs: Path) -> Experiment:

@@ -112,8 +112,39 @@ class AlphaBeta(TokenDivergence):
         return divergences.alpha_beta(student, teacher, self.alpha, self.beta)
 
 
-AnyDivergence = Annotated[
+OfDistributions = Annotated[
     ForwardKL | ReverseKL | JSD | SkewForwardKL | SkewReverseKL | AdaptiveKL | TotalVariation | Jeffreys | AlphaBeta,
+    Field(discriminator="kind"),
+]
+
+
+class TopK(TokenDivergence):
+    """A divergence seen through the teacher's k most probable tokens and one event for all others: a lower bound of it.
+
+    Without ``tail`` both distributions are renormalised on the k tokens. What the student puts elsewhere is then not seen, and a
+    divergence that weighs by the student's mass is smallest where all of it has leaked out: only forward KL may do without.
+    """
+
+    kind: Literal["top_k"] = "top_k"
+    k: int = Field(default=64, ge=1)
+    of: OfDistributions = ForwardKL()
+    tail: bool = True
+
+    @model_validator(mode="after")
+    def _sees_what_leaks(self) -> Self:
+        if not self.tail and not isinstance(self.of, ForwardKL):
+            raise ValueError(
+                f"top_k of {self.of.kind} without the tail is minimised by moving the student's mass out of the teacher's {self.k} "
+                "tokens; set tail to true, or use forward_kl"
+            )
+        return self
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return self.of(*divergences.top_k(student, teacher, self.k, tail=self.tail))
+
+
+AnyDivergence = Annotated[
+    ForwardKL | ReverseKL | JSD | SkewForwardKL | SkewReverseKL | AdaptiveKL | TotalVariation | Jeffreys | AlphaBeta | TopK,
     Field(discriminator="kind"),
 ]
 
@@ -122,6 +153,8 @@ class TokenDistillation(Algorithm):
     """L = sum_t D(p(. | x, y_<t), q(. | x, y_<t)), reduced over the tokens of the step; y is a constant, whoever wrote it."""
 
     divergence: AnyDivergence = ForwardKL()
+    temperature: float = Field(default=1.0, gt=0)
+    """Both distributions are softened to softmax(logits / temperature) in the divergence; no factor temperature^2 is added."""
 
     @property
     def needs(self) -> Needs:
@@ -129,8 +162,13 @@ class TokenDistillation(Algorithm):
 
     def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
         assert teacher is not None, "the teacher's distribution was declared as needed"
-        loss = self.divergence(student, teacher)
+        loss = self.divergence(softened(student, self.temperature), softened(teacher, self.temperature))
         return {"loss": loss, "divergence": loss.detach(), **measures(student, tokens)}
+
+
+def softened(logprobs: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) from the log-probs at temperature 1; ``[..., V] -> [..., V]``."""
+    return logprobs if temperature == 1 else torch.log_softmax(logprobs / temperature, dim=-1)
 
 
 @torch.no_grad()

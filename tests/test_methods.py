@@ -1,0 +1,134 @@
+"""The methods that test_run.py leaves out, one stage each of one run on the real stack; then the run resumed in the middle."""
+
+import json
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from example_text import text
+from rich.console import Console
+from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama, save_teacher
+
+from raykd.algorithms import AKL, GKD, OPD, AdaptiveSchedule, DistiLLM, DistiLLM2, MiniLLM, SeqKD
+from raykd.experiment import (
+    EvaluationConfig,
+    Experiment,
+    FunctionReward,
+    LearnerConfig,
+    Model,
+    Optimiser,
+    RolloutConfig,
+    Stage,
+    TeacherConfig,
+    TrackingConfig,
+)
+from raykd.prompts import Documents, Pairs
+from raykd.run import run
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+
+BATCH = 8
+SCHEDULE = AdaptiveSchedule(start=0.8, capacity=20, tolerance=0.0, generation="constant")
+DISTILLM_STEPS, RESUME_AFTER = 10, 6
+
+
+WANTS_SHORT_RESPONSES = """
+def rate(prompts, responses):
+    return [-float(len(response)) for response in responses]
+"""
+
+
+@dataclass(frozen=True)
+class Finished:
+    folder: Path
+    experiment: Experiment
+    lines: list[dict[str, float]]
+
+
+def read(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    teacher = str(save_teacher(tmp_path_factory.mktemp("teacher")))
+    reward = tmp_path_factory.mktemp("reward") / "short.py"
+    reward.write_text(WANTS_SHORT_RESPONSES)
+    algorithms = [
+        SeqKD(),
+        DistiLLM2(epochs=2),
+        OPD(),
+        GKD(reward_weight=0.5),
+        AKL(student_share=0.5),
+        MiniLLM.lmops().model_copy(update={"rollouts": 16, "epochs": 1}),
+    ]
+    stages = [
+        Stage(algorithm=algorithm, steps=2, batch_size=BATCH, optimiser=Optimiser(learning_rate=3e-3)) for algorithm in algorithms
+    ]
+    last = Stage(
+        algorithm=DistiLLM(schedule=SCHEDULE), steps=DISTILLM_STEPS, batch_size=BATCH, optimiser=Optimiser(learning_rate=3e-3)
+    )
+    experiment = Experiment(
+        name="methods",
+        teacher=Model(path=teacher),
+        student=Model(path=teacher, scratch=llama(32)),
+        data=Pairs(path=str(text().pairs)),
+        text=Documents(path=str(text().texts)),
+        text_length=48,
+        stages=(*stages, last),
+        reward=FunctionReward(name=f"{reward}:rate"),
+        max_prompt=MAX_PROMPT,
+        max_response=MAX_RESPONSE,
+        rollout=RolloutConfig(engine=ON_CPU),
+        teachers=TeacherConfig(dtype="float32", engine=ON_CPU),
+        learner=LearnerConfig(dtype="float32"),
+        evaluation=EvaluationConfig(prompts=8, every=2),
+        tracking=TrackingConfig(wandb=False),
+        checkpoint_every=RESUME_AFTER,
+        runs=tmp_path_factory.mktemp("runs"),
+    )
+    folder = run(experiment, console=Console(quiet=True)).folder
+    return Finished(folder, experiment, read(folder))
+
+
+def steps(finished: Finished) -> list[dict[str, float]]:
+    return [line for line in finished.lines if "loss" in line]
+
+
+def test_every_step_of_every_method_leaves_finite_numbers_and_a_gradient(finished: Finished) -> None:
+    assert [line["step"] for line in steps(finished)] == list(range(1, 2 * 6 + DISTILLM_STEPS + 1))
+    assert all(math.isfinite(value) for line in steps(finished) for value in line.values())
+    assert all(line["skipped"] == 0 and line["grad_norm"] > 0 for line in steps(finished))
+
+
+def test_each_method_logs_what_is_its_own(finished: Finished) -> None:
+    seq_kd, distillm2, opd, reward, akl, minillm, distillm = (steps(finished)[index] for index in range(0, 14, 2))
+    assert seq_kd["sampled_forward_kl"] > 0 and seq_kd["dataset_share"] == 0
+    assert distillm2["beta"] == pytest.approx(0.5) and "gap/teacher" in distillm2
+    assert steps(finished)[3]["alpha_curriculum"] == 1 and distillm2["alpha"] == pytest.approx(0.1)
+    assert opd["importance_weight"] == pytest.approx(1.0, abs=1e-3)
+    assert reward["reward"] < 0
+    assert akl["dataset_share"] == 0.5
+    assert "kd/divergence" in minillm and minillm["advantage_std"] > 0
+    assert 0.8 <= distillm["student_share"] <= 1
+
+
+def test_distillm_learns_from_the_data_from_new_and_from_old_responses(finished: Finished) -> None:
+    own = steps(finished)[-DISTILLM_STEPS:]
+    assert {line["dataset_share"] for line in own} <= {0.0, 1.0}
+    assert any("tokens/generate" in line for line in own)
+    replayed = [line for line in own if line["dataset_share"] == 0 and "tokens/generate" not in line]
+    assert replayed and all(line["replayed_share"] == 1 and "tokens/score" not in line for line in replayed)
+
+
+def test_resumed_in_the_middle_of_the_schedule_it_goes_on_as_if_never_stopped(finished: Finished) -> None:
+    newest = sorted((finished.folder / "checkpoints").iterdir())
+    assert [path.name for path in newest[-2:]] == ["step-000018", "step-000022"]
+    shutil.rmtree(newest[-1])
+    run(finished.experiment, resume=finished.folder, console=Console(quiet=True))
+    again = [line for line in read(finished.folder)[len(finished.lines) :] if "loss" in line]
+    expected = steps(finished)[-(DISTILLM_STEPS - RESUME_AFTER) :]
+    for name in ("step", "loss", "student_share", "dataset_share", "replayed_share", "staleness", "divergence"):
+        assert [line[name] for line in again] == pytest.approx([line[name] for line in expected], abs=1e-5), name
