@@ -1,0 +1,119 @@
+"""The command ``raykd``: what is done with models once they are there. A training run is a file of its own, see experiments/."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from rich.markup import escape
+from transformers.utils.logging import set_verbosity_error
+from tyro.extras import SubcommandApp
+
+from raykd.evaluation.generate import Decoding
+from raykd.evaluation.suites import ALPACA, LabelSuite, Metric, Suite, find_suites
+from raykd.experiment import EngineConfig
+
+Flat = tyro.conf.arg(name="")
+"""Its fields are options without a prefix."""
+
+
+class Rows(BaseModel):
+    """The rows of suites that are files or Hub data sets."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prompt: str = ALPACA.prompt
+    """Template over a row's fields."""
+    prompt_without_input: str | None = ALPACA.prompt_without_input
+    """Template for rows in which a field is empty that the other names and this one does not."""
+    response: str = "{output}"
+    """Template of the reference answer."""
+    references: str | None = None
+    """Field with a list of accepted answers, where there are several."""
+    metric: Metric = Metric.ROUGE
+    """What is measured beside Rouge-L."""
+
+
+class Evaluate(BaseModel):
+    """Measure models side by side by MiniLLM's protocol: T = 1, five seeds, Rouge-L; with a teacher also KL and exposure bias."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Hugging Face folders, run directories, or names on the Hub."""
+    suite: str = "dolly,self_inst,vicuna"
+    """Names (dialogsum, gsm8k, multi30k, sst2, boolq, too; found through RAYKD_DATA), files, Hub data sets owner/name@split."""
+    teacher: str | None = None
+    """Answers, too, and the others are compared with it."""
+    decoding: Annotated[Decoding, Flat] = Decoding()
+    rows: Annotated[Rows, Flat] = Rows()
+    limit: int | None = Field(default=None, ge=1)
+    """Only the first rows of every suite."""
+    max_tokens: int = Field(default=256, ge=1)
+    """Longest answer."""
+    max_prompt: int | None = Field(default=None, ge=1)
+    """Longest prompt; longer ones are left out, by default where the answer would not fit the context."""
+    engine: EngineConfig = EngineConfig(deadline_s=86400.0)
+    judge_url: str | None = None
+    """OpenAI-compatible endpoint whose model rates the first seed's answers, e.g. http://localhost:8000/v1."""
+    judge_model: str = ""
+    """Name of the judging model there."""
+    harness_tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness to run as well."""
+    output: Path = Path("evaluation.json")
+    """Results; every answer goes to a .answers.jsonl beside it."""
+
+    def run(self, console: Console) -> None:
+        from raykd.evaluation.evaluate import Evaluation, evaluate
+        from raykd.evaluation.judge import Judge
+
+        set_verbosity_error()  # a prompt too long for the model is left out, and counted
+        evaluation = Evaluation(
+            models=self.models,
+            teacher=self.teacher,
+            suites=tuple(map(self._limited, find_suites(self.suite, self._others()))),
+            decoding=self.decoding,
+            max_prompt=self.max_prompt,
+            engine=self.engine,
+            judge=Judge(url=self.judge_url, model=self.judge_model) if self.judge_url else None,
+            harness_tasks=self.harness_tasks,
+        )
+        results, answers = evaluate(evaluation, console)
+        results.save(self.output)
+        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        self.output.with_suffix(".answers.jsonl").write_text("".join(lines), encoding="utf-8")
+        for table in results.tables():
+            console.print(table)
+        console.print(f"results: {self.output}", highlight=False, soft_wrap=True)
+
+    def _others(self) -> Suite:
+        rows = self.rows
+        templates = {"prompt": rows.prompt, "prompt_without_input": rows.prompt_without_input, "response": rows.response}
+        return Suite(name="", data=ALPACA.model_copy(update=templates), references=rows.references, metric=rows.metric)
+
+    def _limited(self, suite: Suite | LabelSuite) -> Suite | LabelSuite:
+        changes = {"data": suite.data.model_copy(update={"limit": self.limit})}
+        if isinstance(suite, Suite):
+            changes |= {"max_tokens": self.max_tokens}
+        return suite.model_copy(update=changes)
+
+
+app = SubcommandApp()
+app.command(name="evaluate")(Evaluate)
+
+
+def main() -> None:
+    """Exits with 2 and one sentence where the input is wrong."""
+    console = Console()
+    try:
+        app.cli(prog="raykd", description=__doc__, config=(tyro.conf.EnumChoicesFromValues,)).run(console)
+    except ValueError as error:
+        problems = error.errors() if isinstance(error, ValidationError) else []
+        said = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems] or [str(error)]
+        for reason in said:
+            text = escape(reason.replace("Value error, ", "").removeprefix(": "))
+            console.print(f"[red]error:[/red] {text}", highlight=False, soft_wrap=True)
+        sys.exit(2)

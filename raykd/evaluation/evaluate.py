@@ -1,0 +1,181 @@
+"""The protocol: every model answers every suite once a seed, the answers are measured, the numbers stand side by side.
+
+suites -> papers -> generate -> answers -> measures          an engine a model, in a process of its own
+                references, answers -> likelihood            model and teacher, in a process of their own
+                                    -> judge, harness
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+
+from raykd.evaluation.generate import Decoding, in_own_process, write
+from raykd.evaluation.harness import check_harness, run_harness
+from raykd.evaluation.judge import Case, Judge, check_judge, judge_answers, summary
+from raykd.evaluation.likelihood import Likelihoods, Texts, reference_rollout, score
+from raykd.evaluation.measures import on_answers
+from raykd.evaluation.papers import Paper, check_pair, set_papers
+from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
+from raykd.evaluation.suites import LabelSuite, Question, Suite
+from raykd.experiment import EngineConfig, TeacherConfig
+from raykd.prompts import eos_id
+from raykd.records import Rollout
+from raykd.rollout.config import EngineSettings
+
+T = TypeVar("T")
+
+
+class Evaluation(BaseModel):
+    """Which models answer what, and how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    models: tuple[str, ...] = Field(min_length=1)
+    """Hugging Face folders, run directories, or names on the Hub."""
+    teacher: str | None = None
+    """Answers like the others, and the others are compared with it, so it must share their tokenizer."""
+    suites: tuple[Suite | LabelSuite, ...] = Field(min_length=1)
+    decoding: Decoding = Decoding()
+    max_prompt: int | None = Field(default=None, ge=1)
+    """Longest prompt, tokens; longer ones are left out. None: what a model's context leaves beside the answer."""
+    engine: EngineConfig = EngineConfig(deadline_s=86400.0)
+    judge: Judge | None = None
+    harness_tasks: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness."""
+
+    @property
+    def everyone(self) -> tuple[str, ...]:
+        """The teacher first."""
+        return tuple(dict.fromkeys((*([self.teacher] if self.teacher else []), *self.models)))
+
+    @property
+    def free(self) -> tuple[Suite, ...]:
+        """The suites that are answered in free text."""
+        return tuple(suite for suite in self.suites if isinstance(suite, Suite))
+
+    def named(self, name: str) -> Suite:
+        return next(suite for suite in self.free if suite.name == name)
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What one model wrote: suite -> seed -> row."""
+
+    rollouts: dict[str, list[list[Rollout]]]
+    texts: dict[str, list[list[str]]]
+
+
+def evaluate(evaluation: Evaluation, console: Console) -> tuple[Results, list[dict[str, Any]]]:
+    """The results, and every answer as a row; raises ValueError for what can be known to be wrong before a model starts."""
+    papers, left_out = set_papers(evaluation.everyone, evaluation.suites, evaluation.max_prompt)
+    _check(evaluation, papers)
+
+    def each(what: str, do: Callable[[str], T]) -> dict[str, T]:
+        found = {}
+        for model in papers:
+            console.print(f"{model} {what}", highlight=False, soft_wrap=True)
+            found[model] = do(model)
+        return found
+
+    tasks, dtype = evaluation.harness_tasks, evaluation.engine.dtype
+    by_harness = (
+        each("runs the harness", lambda model: in_own_process(run_harness, papers[model].folder, tasks, dtype)) if tasks else {}
+    )
+    written = each("answers", lambda model: answer(evaluation, papers[model]))
+    measured = each("is measured", lambda model: measure(evaluation, model, papers, written))
+    suites = {
+        suite.name: SuiteResults(
+            rows=len(papers[evaluation.everyone[0]].rows(suite.name)),
+            left_out=left_out[suite.name],
+            models={model: found[suite.name] for model, found in measured.items()},
+        )
+        for suite in evaluation.suites
+    }
+    results = Results(protocol=evaluation.model_dump(mode="json"), suites=suites, harness=by_harness)
+    return results, [row for model, paper in papers.items() for row in rows_of(evaluation, model, paper, written[model])]
+
+
+def answer(evaluation: Evaluation, paper: Paper) -> Answers:
+    """One model's answers to all suites, all seeds together."""
+    if not evaluation.free:
+        return Answers({}, {})
+    asked = [(question.prompt, suite.max_tokens) for suite in evaluation.free for question in paper.free[suite.name]]
+    engine = EngineSettings(
+        max_length=max(len(prompt.tokens) + limit for prompt, limit in asked),
+        vocab_size=len(paper.tokenizer),
+        **evaluation.engine.model_dump(),
+    )
+    seeds = in_own_process(write, paper.folder, engine, evaluation.decoding, eos_id(paper.tokenizer), asked)
+    rollouts, start = {}, 0
+    for suite in evaluation.free:
+        stop = start + len(paper.free[suite.name])
+        rollouts[suite.name] = [seed[start:stop] for seed in seeds]
+        start = stop
+    return Answers(rollouts, {suite: paper.texts(answers) for suite, answers in rollouts.items()})
+
+
+def measure(
+    evaluation: Evaluation, model: str, papers: Mapping[str, Paper], written: Mapping[str, Answers]
+) -> dict[str, ModelResults]:
+    """Everything about one model, suite by suite; the judge rates the answers of the first seed."""
+    paper, texts = papers[model], written[model].texts
+    teacher = written[evaluation.teacher].texts if evaluation.teacher and model != evaluation.teacher else {}
+    results = {}
+    for suite, found in likelihoods(evaluation, model, papers, written).items():
+        measures = {name: Measured(values=(value,)) for name, value in found.measures.items()}
+        if asked := paper.free.get(suite):
+            answers = on_answers(evaluation.named(suite), asked, written[model].rollouts[suite], texts[suite], teacher.get(suite))
+            measures = answers | measures | _opinion(evaluation, paper.prompts(suite), texts[suite][0], asked)
+        results[suite] = ModelResults(measures=measures, excess_error=found.excess_error)
+    return results
+
+
+def likelihoods(
+    evaluation: Evaluation, model: str, papers: Mapping[str, Paper], written: Mapping[str, Answers]
+) -> dict[str, Likelihoods]:
+    """Test loss, KL to the teacher and calibration of one model, on its answers of the first seed."""
+    paper, teacher = papers[model], evaluation.teacher if model != evaluation.teacher else None
+    texts = {
+        name: Texts(
+            references=[reference_rollout(question.prompt) for question in asked],
+            own=written[model].rollouts[name][0],
+            teachers=written[teacher].rollouts[name][0] if teacher else [],
+        )
+        for name, asked in paper.free.items()
+    }
+    config = TeacherConfig(dtype=evaluation.engine.dtype)
+    guide = papers[teacher].folder if teacher else None
+    return in_own_process(score, paper.folder, guide, config, len(paper.tokenizer), texts, paper.labelled)
+
+
+def _opinion(
+    evaluation: Evaluation, prompts: Sequence[str], texts: Sequence[str], asked: Sequence[Question]
+) -> dict[str, Measured]:
+    if evaluation.judge is None:
+        return {}
+    rows = zip(prompts, texts, asked, strict=True)
+    verdicts = judge_answers(evaluation.judge, [Case(prompt, text, question.references[0]) for prompt, text, question in rows])
+    return {name: Measured(values=(value,)) for name, value in summary(verdicts).items()}
+
+
+def rows_of(evaluation: Evaluation, model: str, paper: Paper, answers: Answers) -> list[dict[str, Any]]:
+    """Every answer with its question's row."""
+    return [
+        {"suite": suite, "row": question.row, "model": model, "seed": seed, "text": text, "references": question.references}
+        for suite, asked in paper.free.items()
+        for seed, texts in zip(evaluation.decoding.seeds, answers.texts[suite], strict=True)
+        for question, text in zip(asked, texts, strict=True)
+    ]
+
+
+def _check(evaluation: Evaluation, papers: Mapping[str, Paper]) -> None:
+    if evaluation.teacher:
+        for model in evaluation.models:
+            check_pair(papers[model], papers[evaluation.teacher])
+    if evaluation.judge:
+        check_judge(evaluation.judge)
+    if evaluation.harness_tasks:
+        check_harness()

@@ -1,0 +1,103 @@
+"""What every model is asked, in its own tokens: the same rows for all, so that their numbers can stand side by side."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from raykd.evaluation.suites import LabelQuestion, LabelSuite, Question, Row, Suite, label_questions, questions
+from raykd.prompts import eos_id, read_rows
+from raykd.records import Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """The questions of one model, by suite."""
+
+    folder: str
+    tokenizer: PreTrainedTokenizerBase
+    free: dict[str, list[Question]]
+    labelled: dict[str, list[LabelQuestion]]
+
+    def rows(self, suite: str) -> set[int]:
+        return {question.row for question in (self.free | self.labelled)[suite]}
+
+    def keep(self, suite: str, rows: set[int]) -> None:
+        if suite in self.free:
+            self.free[suite] = [question for question in self.free[suite] if question.row in rows]
+        else:
+            self.labelled[suite] = [question for question in self.labelled[suite] if question.row in rows]
+
+    def texts(self, seeds: Sequence[Sequence[Rollout]]) -> list[list[str]]:
+        """For each seed the text of every answer."""
+        return [self._decode([rollout.tokens for rollout in seed]) for seed in seeds]
+
+    def prompts(self, suite: str) -> list[str]:
+        return self._decode([question.prompt.tokens for question in self.free[suite]])
+
+    def _decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
+        return self.tokenizer.batch_decode([list(tokens) for tokens in sequences], skip_special_tokens=True)
+
+
+def set_papers(
+    models: Sequence[str], suites: Sequence[Suite | LabelSuite], max_prompt: int | None
+) -> tuple[dict[str, Paper], dict[str, int]]:
+    """A paper for each model, of the rows that fit all of them, and how many rows of each suite do not.
+
+    Raises ValueError for whatever is missing or cannot work.
+    """
+    rows = {suite.name: read_rows(suite.data) for suite in suites}
+    papers = {model: _paper(model, suites, rows, max_prompt) for model in models}
+    left_out = {}
+    for suite in suites:
+        common = set.intersection(*(paper.rows(suite.name) for paper in papers.values()))
+        if not common:
+            raise ValueError(f"suite {suite.name}: no row is short enough for all of {', '.join(models)}; lower max_tokens")
+        for paper in papers.values():
+            paper.keep(suite.name, common)
+        left_out[suite.name] = len(rows[suite.name]) - len(common)
+    return papers, left_out
+
+
+def check_pair(student: Paper, teacher: Paper) -> None:
+    """Raise ValueError unless both speak the same ids."""
+    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab() or eos_id(student.tokenizer) != eos_id(teacher.tokenizer):
+        raise ValueError(
+            f"{student.folder} and the teacher {teacher.folder} have different tokenizers: "
+            "their distributions cannot be compared; evaluate without a teacher"
+        )
+
+
+def _paper(model: str, suites: Sequence[Suite | LabelSuite], rows: Mapping[str, Sequence[Row]], max_prompt: int | None) -> Paper:
+    folder = _folder(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        context = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or sys.maxsize
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
+    eos_id(tokenizer)
+    paper = Paper(folder, tokenizer, {}, {})
+    for suite in suites:
+        room = context - suite.max_tokens
+        if room < 1:
+            raise ValueError(f"suite {suite.name}: answers of {suite.max_tokens} tokens fill the context of {model}, {context}")
+        longest = min(room, max_prompt or room)
+        if isinstance(suite, Suite):
+            paper.free[suite.name] = questions(suite, rows[suite.name], tokenizer, longest)
+        else:
+            paper.labelled[suite.name] = label_questions(suite, rows[suite.name], tokenizer, longest)
+    return paper
+
+
+def _folder(model: str) -> str:
+    """Of a run directory its student; a folder that does not exist must be a name on the Hub."""
+    path = Path(model).expanduser()
+    if model.startswith((".", "/", "~")) and not path.is_dir():
+        raise ValueError(
+            f"model {model}: no such folder; give a Hugging Face model folder, a run directory, or a name on the Hub"
+        )
+    if (path / "student" / "config.json").is_file():
+        return str(path / "student")
+    return str(path) if path.is_dir() else model

@@ -1,0 +1,137 @@
+"""`raykd evaluate`, from the command line to the files it writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from raykd import commands
+from raykd.evaluation.diversity import distinct_n
+from raykd.evaluation.generate import Decoding, in_own_process, write
+from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
+from raykd.evaluation.rouge import rouge_l
+from raykd.records import Prompt
+from raykd.rollout.config import EngineSettings
+
+ENGINE = ("--engine.dtype", "float32", "--engine.cpu-cache-gib", "0.1")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr("sys.argv", ["raykd", "evaluate", *arguments])
+    commands.main()
+
+
+def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """What a user reads; the command must exit with 2."""
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *arguments)
+    assert stopped.value.code == 2
+    captured = capsys.readouterr()
+    return " ".join((captured.out + captured.err).split())
+
+
+def test_wrong_input_is_one_sentence_naming_value_and_remedy(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    stories = str(data / "models/stories260K")
+    cases = {
+        (stories, "--suite", "dollly"): "error: suite dollly is not known; choose from dolly, self_inst, vicuna",
+        (stories, "--suite", ""): "error: suites: Tuple should have at least 1 item",
+        ("--suite", "vicuna"): "error: models: Tuple should have at least 1 item",
+        ("./no/such", "--suite", "vicuna"): "error: model ./no/such: no such folder; give a Hugging Face model folder, a run",
+        (stories, "--suite", "./no.jsonl"): "error: data file ./no.jsonl does not exist",
+        (stories, "--suite", "vicuna", "--max-tokens", "512"): "error: suite vicuna: answers of 512 tokens fill the context",
+        (stories, "--suite", "vicuna", "--judge-url", "http://127.0.0.1:1/v1"): "judge.url http://127.0.0.1:1/v1 cannot be",
+        (stories, "--suite", "vicuna", "--limit", "0"): "limit",
+        (stories, "--suite", "vicuna", "--metric", "meteor"): "exact_match",
+    }
+    for arguments, expected in cases.items():
+        assert expected in complaint(capsys, monkeypatch, *arguments), arguments
+
+
+def test_the_harness_is_asked_for_by_name_where_it_is_missing(
+    data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("raykd.evaluation.harness.find_spec", lambda name: None)
+    stories = str(data / "models/stories260K")
+    said = complaint(capsys, monkeypatch, stories, "--suite", "vicuna", "--harness-tasks", "arc_easy")
+    assert said == "error: harness_tasks needs lm-evaluation-harness, which is not installed: pip install 'raykd[harness]'"
+
+
+def test_mean_and_spread_are_over_seeds():
+    assert Measured(values=(1.0, 3.0)).mean == 2 and Measured(values=(1.0, 3.0)).spread == pytest.approx(2**0.5)
+    assert str(Measured(values=(24.6,))) == "24.60" and str(Measured(values=(1.0, 3.0))) == "2.000 ± 1.414"
+
+
+def test_results_go_through_json_and_into_tables(tmp_path: Path):
+    teacher = ModelResults(measures={"rouge_l": Measured(values=(27.0, 29.0))})
+    student = ModelResults(measures={"test_loss": Measured(values=(3.5,))}, excess_error=(0.0, 5.0))
+    suite = SuiteResults(rows=2, left_out=1, models={"teacher": teacher, "student": student})
+    results = Results(protocol={}, suites={"dolly": suite}, harness={"student": {"arc": {"acc,none": 0.25}}})
+    results.save(tmp_path / "new" / "e.json")
+    saved = (tmp_path / "new" / "e.json").read_text()
+    assert Results.model_validate_json(saved) == results
+    assert json.loads(saved)["suites"]["dolly"]["models"]["teacher"]["measures"]["rouge_l"]["mean"] == 28
+    dolly, arc = results.tables()
+    assert [list(column.cells) for column in dolly.columns] == [["rouge_l", "test_loss"], ["28.00 ± 1.41", ""], ["", "3.500"]]
+    assert "1 left out" in str(dolly.title) and "arc" in str(arc.title) and list(arc.columns[1].cells) == ["0.250"]
+
+
+@pytest.mark.stack
+def test_a_student_and_its_teacher_are_measured_from_the_command_line(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    teacher, student, output = str(data / "models/stories260K"), untrained(data, tmp_path / "run"), tmp_path / "found.json"
+    rows = ({"instruction": text, "input": "", "output": text} for text in ("Once upon a time", "a cat"))
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suites = f"vicuna,sst2,{tmp_path / 'own.jsonl'}"
+    options = ("--suite", suites, "--limit", "4", "--max-tokens", "24", "--seeds", "10", "20", *ENGINE, "--output", str(output))
+    run(monkeypatch, student, "--teacher", teacher, *options)
+    results = Results.model_validate_json(output.read_text())
+    assert [suite.rows for suite in results.suites.values()] == [4, 4, 2]
+    answers = [json.loads(line) for line in (tmp_path / "found.answers.jsonl").read_text().splitlines()]
+    assert len(answers) == (4 + 2) * 2 * 2 and len({answer["text"] for answer in answers}) == len(answers)
+    for name, suite in ((name, suite) for name, suite in results.suites.items() if name != "sst2"):
+        assert list(suite.models) == [teacher, student]
+        assert suite.models[student].excess_error and not suite.models[teacher].excess_error
+        of_teacher, of_student = (found.measures for found in suite.models.values())
+        for seed, value in zip((10, 20), of_student["rouge_l"].values, strict=True):
+            chosen = [a for a in answers if (a["suite"], a["model"], a["seed"]) == (name, student, seed)]
+            assert value == pytest.approx(sum(rouge_l(a["text"], a["references"]) for a in chosen) / len(chosen))
+        assert of_student["test_loss"].mean > 0 and of_student["reverse_kl"].mean > 1 and of_student["forward_kl"].mean > 1
+        assert set(of_student) - set(of_teacher) == {"rouge_l_to_teacher", "forward_kl", "reverse_kl", "excess_error"}
+    assert [set(found.measures) for found in results.suites["sst2"].models.values()] == [{"accuracy", "ece"}] * 2
+    printed = capsys.readouterr().out
+    assert "vicuna: 4 rows, 0 left out" in printed and "rouge_l" in printed and f"results: {output}" in printed
+
+
+def untrained(data: Path, run: Path) -> str:
+    """A run directory with a random student of the stories' vocabulary."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=512,
+    )
+    LlamaForCausalLM(config).save_pretrained(run / "student")
+    AutoTokenizer.from_pretrained(data / "models/stories260K").save_pretrained(run / "student")
+    return str(run)
+
+
+@pytest.mark.stack
+def test_no_run_of_tokens_comes_twice_where_that_is_asked_and_seeds_repeat_their_answers(data: Path):
+    stories, prompts = str(data / "models/stories260K"), [(1, 403, 407, 261, 378), (1, 320)]
+    asked = [(Prompt(id=str(row), tokens=tokens), 40 + 20 * row) for row, tokens in enumerate(prompts)]
+    engine = EngineSettings(dtype="float32", max_length=100, vocab_size=512, cpu_cache_gib=0.1)
+    blocked = Decoding(seeds=(10, 20, 10), no_repeat_ngram_size=2)
+    one, other, again = in_own_process(write, stories, engine, blocked, 2, asked)
+    assert [r.tokens for r in one] == [r.tokens for r in again] != [r.tokens for r in other]
+    for rollout, (prompt, limit) in zip([*one, *other], asked * 2, strict=True):
+        assert distinct_n([rollout.prompt_tokens + rollout.tokens], n=2) == 100
+        assert rollout.prompt_tokens == prompt.tokens and len(rollout.tokens) <= limit
+        assert rollout.finished is (rollout.tokens[-1] == 2)
