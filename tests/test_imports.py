@@ -19,7 +19,7 @@ ROWS = (
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "planning", "report"),
     ("workers", "train"),
-    ("run", "cli"),
+    ("run", "cli", "commands"),
 )
 STRANGERS = {"rollout", "teacher", "reward", "learner"}
 """Workers never import each other."""
