@@ -54,8 +54,8 @@ def jensen_shannon(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
 def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float | Tensor) -> Tensor:
     """SKL(alpha) = KL(p || alpha p + (1 - alpha) q); DistiLLM, arXiv 2402.03898.
 
-    ``[..., V], [..., V] -> [...]``, range [0, -log alpha]; one alpha, or one a token ``[...]``. alpha = 0 is forward KL, alpha = 1
-    gives 0.
+    ``[..., V], [..., V] -> [...]``, range [0, -log alpha]; one alpha, or one a token ``[...]``. alpha = 0 is forward KL,
+    alpha = 1 gives 0.
     """
     share = _share_of_each("skew_forward_kl: alpha", alpha)
     student, teacher = _checked(student, teacher)
@@ -65,8 +65,8 @@ def skew_forward_kl(student: Tensor, teacher: Tensor, alpha: float | Tensor) -> 
 def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float | Tensor, *, detach_mixture: bool = False) -> Tensor:
     """SRKL(alpha) = KL(q || (1 - alpha) p + alpha q); DistiLLM, arXiv 2402.03898.
 
-    ``[..., V], [..., V] -> [...]``, range [0, -log alpha]; one alpha, or one a token ``[...]``. alpha = 0 is reverse KL, alpha = 1
-    gives 0. The mixture's gradient, -alpha q / m, is included unless ``detach_mixture``, as DistiLLM-2's public code has it.
+    ``[..., V], [..., V] -> [...]``, range [0, -log alpha]; one alpha, or one a token ``[...]``. alpha = 0 is reverse KL,
+    alpha = 1 gives 0. The mixture's gradient, -alpha q / m, is included unless ``detach_mixture``: DistiLLM-2's public code.
     """
     share = _share_of_each("skew_reverse_kl: alpha", alpha)
     student, teacher = _checked(student, teacher)

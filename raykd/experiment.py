@@ -56,6 +56,8 @@ class Stage(_Value):
     batch_size: Positive = 64
     """Responses per optimiser step, over all ranks."""
     samples_per_prompt: Positive = 1
+    max_staleness: int = Field(default=0, ge=0)
+    """Phases that are written and scored ahead of the learner, while it learns from earlier ones. 0: everything in turn."""
     optimiser: Optimiser = Optimiser()
 
     @property
@@ -72,7 +74,9 @@ class Stage(_Value):
     def replay(self) -> Replay:
         """The bounds of the replay buffer: the algorithm's own, else every response is used in its phase alone."""
         for_a_phase = Replay(
-            capacity=self.rows_per_phase, max_staleness=self.steps_per_phase, samples_per_insert=self.algorithm.inner_epochs
+            capacity=self.rows_per_phase,
+            max_staleness=self.steps_per_phase * (self.max_staleness + 1),
+            samples_per_insert=self.algorithm.inner_epochs,
         )
         return self.algorithm.replay or for_a_phase
 

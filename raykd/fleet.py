@@ -7,6 +7,7 @@ replay     1 actor      add, sample, state, restore
 """
 
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,20 +34,23 @@ class Fleet:
         """Called after replicas came back, before they get work: they start again with their initial weights."""
         logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)  # what it reports is handled here
         self._manager = FaultTolerantActorManager(self.actors)
+        self._turn = threading.RLock()  # the manager serves one caller at a time; loading after a restart is part of a call
 
     def map(self, method: str, calls: Sequence[dict[str, Any]]) -> list[Any]:
         """Each call on some healthy replica; results in the order of the calls."""
         results: dict[int, Any] = {}
-        while len(results) < len(calls):
-            replicas = self._healthy()
-            todo = [index for index in range(len(calls)) if index not in results][: len(replicas)]
-            results |= self._round(method, dict(zip(replicas, todo, strict=False)), calls)
+        with self._turn:
+            while len(results) < len(calls):
+                replicas = self._healthy()
+                todo = [index for index in range(len(calls)) if index not in results][: len(replicas)]
+                results |= self._round(method, dict(zip(replicas, todo, strict=False)), calls)
         return [results[index] for index in range(len(calls))]
 
     def broadcast(self, method: str, call: dict[str, Any]) -> list[Any]:
         """The same call on every healthy replica."""
-        replicas = self._healthy()
-        return list(self._round(method, dict.fromkeys(replicas, 0), [call], distinct=False).values())
+        with self._turn:
+            replicas = self._healthy()
+            return list(self._round(method, dict.fromkeys(replicas, 0), [call], distinct=False).values())
 
     def _round(
         self, method: str, assignment: dict[int, int], calls: Sequence[dict[str, Any]], *, distinct: bool = True

@@ -20,7 +20,7 @@ from raykd.actors import ModelFacts
 from raykd.experiment import Experiment, FunctionReward, Model
 from raykd.prompts import Documents, PromptStream, eos_id, pack_text, read_rows, tokenise_documents, tokenise_pairs
 from raykd.reward import load_function
-from raykd.tracking import Tracker
+from raykd.tracking import Tracker, advice
 from raykd.train import Data, Position, measure, restore_checkpoint, train
 from raykd.workers import Workers
 
@@ -69,6 +69,9 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
             at = restore_checkpoint(workers, data, folder) if resume else Position()
             before = {} if resume else measure(experiment, workers, data, tracker, at)
             after = train(experiment, workers, data, tracker, folder, at) or before
+            console.print(
+                advice(folder, max(stage.max_staleness for stage in experiment.stages)), highlight=False, soft_wrap=True
+            )
             workers.save_student(folder / "student")
             tokenizer.save_pretrained(folder / "student")
     finally:

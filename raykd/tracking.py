@@ -14,6 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 SHOWN = ("loss", "reverse_kl", "response_length")
 """Metrics shown beside the progress bar."""
 
+LANES = {"rollout replicas": ("generate", "load"), "teacher replicas": ("score",), "learner ranks": ("learn", "publish")}
+"""Who is busy with which verbs."""
+WAITED_LITTLE = 0.1
+"""Share of the learner's time below which waiting is not what holds a run up."""
+
 
 class Tracker:
     """Writes one line of numbers per optimiser step or evaluation; ``with Tracker(...) as tracker: tracker.log(...)``."""
@@ -88,6 +93,26 @@ def throughput(run: Path) -> dict[str, float]:
                 sums[name] = sums.get(name, 0.0) + value
     verbs = [name.removeprefix("tokens/") for name in sums if name.startswith("tokens/")]
     return {verb: sums[f"tokens/{verb}"] / sums[f"seconds/{verb}"] for verb in verbs}
+
+
+def advice(run: Path, max_staleness: int) -> str:
+    """One sentence on what held a run up, from the busy times in its ``metrics.jsonl``."""
+    busy: dict[str, float] = {}
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        for name, value in json.loads(line).items():
+            if name.startswith("seconds/"):
+                busy[name.removeprefix("seconds/")] = busy.get(name.removeprefix("seconds/"), 0.0) + value
+    lanes = {lane: sum(busy.get(verb, 0.0) for verb in verbs) for lane, verbs in LANES.items()}
+    waited, worked = busy.get("wait", 0.0), lanes["learner ranks"]
+    if waited + worked == 0:
+        return "no step was taken"
+    writers = {lane: seconds for lane, seconds in lanes.items() if lane != "learner ranks"}
+    slowest = max(writers, key=lambda lane: writers[lane])
+    share = waited / (waited + worked)
+    if share < WAITED_LITTLE:
+        return f"the learner waited {share:.0%} of the time: more learner ranks would help, more replicas would not"
+    overlap = "" if max_staleness else ", or max_staleness 1 lets them work while the learner does"
+    return f"the learner waited {share:.0%} of the time, mostly for the {slowest}: more of them would help{overlap}"
 
 
 def _start_wandb(run: Path, experiment: Mapping[str, Any], name: str, project: str) -> Any:

@@ -14,18 +14,17 @@ import math
 import pickle
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from raykd.algorithms import GKD, KD, SFT
-from raykd.algorithms.base import Algorithm, Mixture, Needs, Progress
+from raykd.algorithms.base import Algorithm, Needs
 from raykd.algorithms.gkd import ReverseKL
 from raykd.experiment import Experiment, Optimiser, Stage
+from raykd.phases import Phases, Position, assess
 from raykd.prompts import PromptStream
-from raykd.records import Prompt, Rollout, Row, Source
+from raykd.records import Prompt, Rollout, Source
 from raykd.tracking import Tracker
 from raykd.workers import Term, Workers, dataset_rollouts, unscored
 
@@ -37,19 +36,6 @@ class Data:
     prompts: PromptStream[Prompt]
     held_out: Sequence[Prompt]
     text: PromptStream[Prompt] | None
-
-
-@dataclass(slots=True)
-class Position:
-    """Where a run stands: with the learner's and the replay's state it is all that a resumed run needs."""
-
-    stage: int = 0
-    step: int = 0
-    """Optimiser steps done in this stage."""
-    total: int = 0
-    """Optimiser steps done in the run; also the policy version."""
-    held_out: list[float] = field(default_factory=list)
-    """Held-out losses of this stage; the first was measured before it."""
 
 
 def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker, run: Path, at: Position) -> dict[str, float]:
@@ -64,67 +50,31 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
         else:
             rescore(workers, stage.algorithm)
         tracker.begin(f"stage {at.stage}: {type(stage.algorithm).__name__}", stage.steps, at.step)
-        while at.step < stage.steps:
-            progress = where(experiment, stage, workers, at)
-            mixture = stage.algorithm.mixture(progress)
-            new = assess(workers, write(experiment, stage, mixture, workers, data, at), stage.algorithm)
-            if new and mixture.keep:
-                workers.call_replay("add", new)
-            for _ in range(min(stage.steps_per_phase, stage.steps - at.step)):
-                batch = workers.call_replay("sample", stage.batch_size, workers.version) if mixture.replay else new
-                numbers = stage.algorithm.per_step(progress, batch)
-                terms = [Term(algorithm=stage.algorithm, rows=batch, numbers=numbers), *text_terms(stage, workers, data)]
-                rate = learning_rate(stage.optimiser, at.step, stage.steps)
-                metrics = workers.step(terms, rate)
-                at.step, at.total = at.step + 1, at.total + 1
-                written = summary([row.rollout for row in batch], at.total)
-                tracker.log(at.total, metrics | numbers | written | workers.take_usage())
-            if _due(experiment.evaluation.every, at, stage):
-                measure(experiment, workers, data, tracker, at)
-            if _due(experiment.checkpoint_every, at, stage):
-                save_checkpoint(workers, data, run, at)
+        with Phases(experiment, stage, workers, data.prompts, at) as phases:
+            while at.step < stage.steps:
+                phase = phases.next()
+                if phase.rows and phase.mixture.keep:
+                    workers.call_replay("add", phase.rows)
+                for _ in range(min(stage.steps_per_phase, stage.steps - at.step)):
+                    batch = (
+                        workers.call_replay("sample", stage.batch_size, workers.version) if phase.mixture.replay else phase.rows
+                    )
+                    numbers = stage.algorithm.per_step(phase.progress, batch)
+                    terms = [Term(algorithm=stage.algorithm, rows=batch, numbers=numbers), *text_terms(stage, workers, data)]
+                    rate = learning_rate(stage.optimiser, at.step, stage.steps)
+                    metrics = workers.step(terms, rate)
+                    at.step, at.total = at.step + 1, at.total + 1
+                    written = summary([row.rollout for row in batch], at.total)
+                    tracker.log(at.total, metrics | numbers | written | workers.take_usage())
+                if _due(experiment.evaluation.every, at, stage):
+                    phases.settle()
+                    measure(experiment, workers, data, tracker, at)
+                if _due(experiment.checkpoint_every, at, stage):
+                    save_checkpoint(workers, data, run, at, phases.unlearned)
         held_out = measure(experiment, workers, data, tracker, at)
         at.stage, at.step = at.stage + 1, 0
         save_checkpoint(workers, data, run, at)
     return held_out
-
-
-def where(experiment: Experiment, stage: Stage, workers: Workers, at: Position) -> Progress:
-    """What an algorithm may know when it decides who writes; the coin is the same however often a run was resumed."""
-    return Progress(
-        step=at.step,
-        steps=stage.steps,
-        batch_size=stage.batch_size,
-        coin=float(np.random.default_rng((experiment.seed, at.total)).random()),
-        held=workers.call_replay("held", workers.version),
-        held_out=tuple(at.held_out),
-    )
-
-
-def write(experiment: Experiment, stage: Stage, mixture: Mixture, workers: Workers, data: Data, at: Position) -> list[Rollout]:
-    """The responses of the next phase, shared out as the algorithm decided: once, for all ranks."""
-    num_prompts = stage.rows_per_phase // stage.samples_per_prompt
-    by_teacher, by_student = round(mixture.teacher * num_prompts), round(mixture.student * num_prompts)
-    given = round((mixture.dataset + mixture.student + mixture.teacher) * num_prompts) - by_teacher - by_student
-    for_student = data.prompts.take(by_student)
-    for_teacher = for_student[:by_teacher] if mixture.same_prompts else data.prompts.take(by_teacher)
-    rollouts = dataset_rollouts(data.prompts.take(given * stage.samples_per_prompt))
-    for prompts, teacher_share in ((for_student, mixture.teacher_share), (for_teacher, 1.0)):
-        if prompts:
-            rollouts += workers.generate(
-                prompts,
-                samples=stage.samples_per_prompt,
-                teacher_share=teacher_share,
-                max_tokens=experiment.max_response,
-                salt=at.total,
-            )
-    return rollouts
-
-
-def assess(workers: Workers, rollouts: list[Rollout], algorithm: Algorithm) -> list[Row]:
-    """Everything that the algorithm asks about the responses: the teacher's scores, the reward."""
-    rows = workers.score(rollouts, algorithm.needs) if rollouts else []
-    return workers.rate(rows) if algorithm.needs_reward and rows else rows
 
 
 def rescore(workers: Workers, algorithm: Algorithm) -> None:
@@ -153,7 +103,9 @@ def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Track
         metrics["loss"] = workers.evaluate([Term(algorithm=SFT(), rows=unscored(given))])["loss"]
         at.held_out.append(metrics["loss"])
     if workers.teachers is not None:
-        written = workers.generate(data.held_out, samples=1, teacher_share=0.0, max_tokens=experiment.max_response, salt=-1)
+        written = workers.generate(
+            data.held_out, workers.publish(), samples=1, teacher_share=0.0, max_tokens=experiment.max_response, salt=-1
+        )
         if given:
             rows = workers.score(given, Needs.DISTRIBUTION)
             metrics["forward_kl"] = workers.evaluate([Term(algorithm=KD(), rows=rows)])["loss"]
@@ -189,15 +141,16 @@ def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
     }
 
 
-def save_checkpoint(workers: Workers, data: Data, run: Path, at: Position) -> None:
-    """Everything a resumed run needs, complete or absent: written beside, then renamed."""
+def save_checkpoint(workers: Workers, data: Data, run: Path, at: Position, prompts: dict[str, Any] | None = None) -> None:
+    """Everything a resumed run needs, complete or absent: written beside, then renamed. ``prompts`` is where the stream stood
+    before the responses that nobody has learned from yet: they are written again."""
     final = run / "checkpoints" / f"step-{at.total:06d}"
     partial = final.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     workers.save(partial / "learner")
     (partial / "replay.pkl").write_bytes(pickle.dumps(workers.call_replay("state")))
-    streams = {"prompts": data.prompts.state(), "text": data.text.state() if data.text else None}
+    streams = {"prompts": prompts or data.prompts.state(), "text": data.text.state() if data.text else None}
     (partial / "driver.json").write_text(json.dumps({"position": asdict(at), "streams": streams}), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)

@@ -1,9 +1,10 @@
 """All workers of a run behind the verbs of the loop: generate, score, step, evaluate, publish. Starts and closes them."""
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,10 @@ class Workers:
         self.teachers = Fleet("teacher", scorers, teachers.engine.deadline_s) if scorers else None
         self.rollouts = Fleet("rollout", writers, rollout.engine.deadline_s) if writers else None
         self._update: WeightUpdate | None = None
-        self._learner_version = self._rollout_version = 0
+        self._loaded: WeightUpdate | None = None
+        self._learner_version = 0
         self._usage: dict[str, float] = {}
+        self._usage_lock = threading.Lock()
         self.replay = ray.remote(ReplayBuffer).options(num_cpus=0).remote(experiment.seed)
         raters = (
             [create(RewardActor, experiment.reward, facts, gpus=0, threads=1, restarts=RESTARTS)] if experiment.reward else []
@@ -75,11 +78,19 @@ class Workers:
         return self._learner_version
 
     def generate(
-        self, prompts: Sequence[Prompt], *, samples: int, teacher_share: float, max_tokens: int, salt: int
+        self,
+        prompts: Sequence[Prompt],
+        update: WeightUpdate | None,
+        *,
+        samples: int,
+        teacher_share: float,
+        max_tokens: int,
+        salt: int,
     ) -> list[Rollout]:
-        """``samples`` responses to each prompt by the newest student; ``salt`` tells the draws of one step from another's."""
+        """``samples`` responses to each prompt by the student of ``update``, which ``publish`` gave; ``salt`` tells the draws of
+        one phase from another's."""
         assert self.rollouts is not None, "nothing samples from the student"
-        self.publish()
+        self._load(update)
         requests = _requests(prompts, samples, salt)
         with self._measured("generate") as measured:
             handles = self.teachers.actors if self.teachers and teacher_share > 0 else []
@@ -142,14 +153,12 @@ class Workers:
         """A fresh optimiser for a new stage."""
         self.learner.all("begin", optimiser)
 
-    def publish(self) -> None:
-        """Bring the rollout fleet to the learner's version, if it is behind; references pass through here, weights do not."""
-        if self.rollouts is None or self._rollout_version == self._learner_version:
-            return
-        with self._measured("publish"):
-            self._update = self.learner.all("publish", self._learner_version)[0]
-            self._load()
-        self._rollout_version = self._learner_version
+    def publish(self) -> WeightUpdate | None:
+        """References to the learner's newest weights, None before its first step; the weights do not pass through here."""
+        if self.rollouts is not None and self._learner_version != (self._update.version if self._update else 0):
+            with self._measured("publish"):
+                self._update = self.learner.all("publish", self._learner_version)[0]
+        return self._update
 
     def save(self, folder: Path) -> None:
         self.learner.all("save", folder)
@@ -167,7 +176,8 @@ class Workers:
 
     def take_usage(self) -> dict[str, float]:
         """``seconds/<verb>`` and response ``tokens/<verb>`` since the last call."""
-        usage, self._usage = self._usage, {}
+        with self._usage_lock:
+            usage, self._usage = self._usage, {}
         return usage
 
     def close(self) -> None:
@@ -184,16 +194,26 @@ class Workers:
         ranks = [rank.start.remote(address, heads) for rank in self.learner.ranks]
         get([*(actor.ping.remote() for actor in replicas), *ranks], START_DEADLINE_S, "starting the workers")
         if self.rollouts:
-            self.rollouts.on_restart = self._load
+            self.rollouts.on_restart = self._reload
 
-    def _load(self) -> None:
-        if self._update is None or self.rollouts is None:
-            return
-        versions = self.rollouts.broadcast("load", {"update": self._update})
-        if set(versions) != {self._update.version}:
-            raise RuntimeError(
-                f"rollout replicas hold policy versions {versions} after version {self._update.version} was published"
-            )
+    def _load(self, update: WeightUpdate | None) -> None:
+        """Bring every rollout replica to ``update``."""
+        assert self.rollouts is not None
+        if update is not None and update is not self._loaded:
+            with self._measured("load"):
+                self._broadcast(update)
+            self._loaded = update
+
+    def _reload(self) -> None:
+        """Replicas that came back have their initial weights."""
+        if self._loaded is not None:
+            self._broadcast(self._loaded)
+
+    def _broadcast(self, update: WeightUpdate) -> None:
+        assert self.rollouts is not None
+        versions = self.rollouts.broadcast("load", {"update": update})
+        if set(versions) != {update.version}:
+            raise RuntimeError(f"rollout replicas hold policy versions {versions} after version {update.version} was published")
 
     def _deal(self, terms: Sequence[Term]) -> list[list[LossTerm]]:
         """For each rank its terms; denominators stay those of the whole step."""
@@ -204,13 +224,18 @@ class Workers:
                 per_rank[rank].append(LossTerm(algorithm=term.algorithm, rows=rows, totals=totals, weight=term.weight))
         return per_rank
 
+    def waiting(self) -> AbstractContextManager[Any]:
+        """Counts the time in it as the learner's waiting for responses."""
+        return self._measured("wait")
+
     @contextmanager
     def _measured(self, verb: str) -> Iterator["_Measured"]:
         measured, started = _Measured(), time.perf_counter()
         yield measured
-        for name, amount in (("seconds", time.perf_counter() - started), ("tokens", measured.tokens)):
-            if amount:
-                self._usage[f"{name}/{verb}"] = self._usage.get(f"{name}/{verb}", 0) + amount
+        with self._usage_lock:  # phases are written and scored beside the learner's steps
+            for name, amount in (("seconds", time.perf_counter() - started), ("tokens", measured.tokens)):
+                if amount:
+                    self._usage[f"{name}/{verb}"] = self._usage.get(f"{name}/{verb}", 0) + amount
 
 
 @dataclass(slots=True)

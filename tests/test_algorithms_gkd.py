@@ -224,3 +224,17 @@ def test_reward_and_divergence_are_weighed() -> None:
     check_micro_batches(GKD(reward_weight=0.3), case, [[1], [0]])
     with pytest.raises(ValidationError, match="student_share"):
         GKD(reward_weight=0.3, student_share=0.5)
+
+
+def test_truncated_importance_weights_by_hand() -> None:
+    """Student text counts min(q / q_old, limit) of its divergence, other text all of it; the weight carries no gradient."""
+    case = random_case([2, 2], share=0.0, drift=1.0)
+    case = Case(case.logits, case.teacher, replace(case.batch, by_student=torch.tensor([True, False])))
+    algorithm = GKD(divergence=ForwardKL(), importance_limit=1.2)
+    _, gradient = loss_and_gradient(algorithm, case)
+    student, tokens = case.logits.log_softmax(-1), case.batch.tokens
+    weight = (gather(student, tokens) - case.batch.behaviour_logprobs).exp().clamp(max=1.2)
+    weight[1] = 1.0
+    assert (weight[0] != 1).all()
+    torch.testing.assert_close(gradient, weight[..., None] * (student.exp() - case.teacher.exp()) / 4)
+    check_micro_batches(algorithm, case, [[1], [0]])

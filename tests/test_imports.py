@@ -18,7 +18,7 @@ ROWS = (
     ("collate", "rank", "student"),
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "planning", "report"),
-    ("workers", "train"),
+    ("workers", "phases", "train"),
     ("run", "cli", "commands"),
 )
 STRANGERS = {"rollout", "teacher", "reward", "learner"}

@@ -12,6 +12,7 @@ from rich.console import Console
 from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama, save_teacher
 
 from raykd.algorithms import AKL, GKD, OPD, AdaptiveSchedule, DistiLLM, DistiLLM2, MiniLLM, SeqKD
+from raykd.algorithms.gkd import ReverseKL
 from raykd.experiment import (
     EvaluationConfig,
     Experiment,
@@ -31,7 +32,7 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 BATCH = 8
 SCHEDULE = AdaptiveSchedule(start=0.8, capacity=20, tolerance=0.0, generation="constant")
-DISTILLM_STEPS, RESUME_AFTER = 10, 6
+AHEAD_STEPS, DISTILLM_STEPS, RESUME_AFTER = 5, 10, 6
 
 
 WANTS_SHORT_RESPONSES = """
@@ -67,6 +68,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     stages = [
         Stage(algorithm=algorithm, steps=2, batch_size=BATCH, optimiser=Optimiser(learning_rate=3e-3)) for algorithm in algorithms
     ]
+    ahead = Stage(
+        algorithm=GKD(divergence=ReverseKL(), importance_limit=1.5),
+        steps=AHEAD_STEPS,
+        batch_size=BATCH,
+        max_staleness=2,
+        optimiser=Optimiser(learning_rate=3e-3),
+    )
     last = Stage(
         algorithm=DistiLLM(schedule=SCHEDULE), steps=DISTILLM_STEPS, batch_size=BATCH, optimiser=Optimiser(learning_rate=3e-3)
     )
@@ -77,7 +85,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
         data=Pairs(path=str(text().pairs)),
         text=Documents(path=str(text().texts)),
         text_length=48,
-        stages=(*stages, last),
+        stages=(*stages, ahead, last),
         reward=FunctionReward(name=f"{reward}:rate"),
         max_prompt=MAX_PROMPT,
         max_response=MAX_RESPONSE,
@@ -98,13 +106,13 @@ def steps(finished: Finished) -> list[dict[str, float]]:
 
 
 def test_every_step_of_every_method_leaves_finite_numbers_and_a_gradient(finished: Finished) -> None:
-    assert [line["step"] for line in steps(finished)] == list(range(1, 2 * 6 + DISTILLM_STEPS + 1))
+    assert [line["step"] for line in steps(finished)] == list(range(1, 2 * 6 + AHEAD_STEPS + DISTILLM_STEPS + 1))
     assert all(math.isfinite(value) for line in steps(finished) for value in line.values())
     assert all(line["skipped"] == 0 and line["grad_norm"] > 0 for line in steps(finished))
 
 
 def test_each_method_logs_what_is_its_own(finished: Finished) -> None:
-    seq_kd, distillm2, opd, reward, akl, minillm, distillm = (steps(finished)[index] for index in range(0, 14, 2))
+    seq_kd, distillm2, opd, reward, akl, minillm = (steps(finished)[index] for index in range(0, 12, 2))
     assert seq_kd["sampled_forward_kl"] > 0 and seq_kd["dataset_share"] == 0
     assert distillm2["beta"] == pytest.approx(0.5) and "gap/teacher" in distillm2
     assert steps(finished)[3]["alpha_curriculum"] == 1 and distillm2["alpha"] == pytest.approx(0.1)
@@ -112,7 +120,14 @@ def test_each_method_logs_what_is_its_own(finished: Finished) -> None:
     assert reward["reward"] < 0
     assert akl["dataset_share"] == 0.5
     assert "kd/divergence" in minillm and minillm["advantage_std"] > 0
-    assert 0.8 <= distillm["student_share"] <= 1
+    assert 0.8 <= steps(finished)[-1]["student_share"] <= 1
+
+
+def test_responses_written_ahead_are_as_old_as_allowed_and_weighed_by_it(finished: Finished) -> None:
+    ahead = steps(finished)[12 : 12 + AHEAD_STEPS]
+    assert [line["staleness"] for line in ahead] == [0, 1, 2, 2, 2]
+    assert ahead[0]["importance_weight"] == pytest.approx(1.0, abs=1e-3)
+    assert abs(ahead[-1]["importance_weight"] - 1.0) > 1e-3
 
 
 def test_distillm_learns_from_the_data_from_new_and_from_old_responses(finished: Finished) -> None:
@@ -125,7 +140,7 @@ def test_distillm_learns_from_the_data_from_new_and_from_old_responses(finished:
 
 def test_resumed_in_the_middle_of_the_schedule_it_goes_on_as_if_never_stopped(finished: Finished) -> None:
     newest = sorted((finished.folder / "checkpoints").iterdir())
-    assert [path.name for path in newest[-2:]] == ["step-000018", "step-000022"]
+    assert [path.name for path in newest[-2:]] == ["step-000023", "step-000027"]
     shutil.rmtree(newest[-1])
     run(finished.experiment, resume=finished.folder, console=Console(quiet=True))
     again = [line for line in read(finished.folder)[len(finished.lines) :] if "loss" in line]

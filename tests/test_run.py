@@ -180,7 +180,9 @@ def nll(workers: Workers, rollouts: list) -> float:
 def test_rollout_learner_and_teacher_agree_on_the_same_ids(self_distillation: Workers):
     workers = self_distillation
     for share in (0.0, 0.3):
-        rollouts = workers.generate(prompts()[:24], samples=2, teacher_share=share, max_tokens=MAX_RESPONSE, salt=1)
+        rollouts = workers.generate(
+            prompts()[:24], workers.publish(), samples=2, teacher_share=share, max_tokens=MAX_RESPONSE, salt=1
+        )
         assert {rollout.source for rollout in rollouts} == {Source.MIXED if share else Source.STUDENT}
         count = sum(len(rollout.tokens) for rollout in rollouts)
         engine = -sum(sum(rollout.student_logprobs or ()) for rollout in rollouts) / count
@@ -202,7 +204,7 @@ def test_after_a_step_the_published_weights_are_the_learners_and_the_engine_foll
     workers.begin(Optimiser(learning_rate=5e-3))
     for _ in range(3):
         workers.step([Term(algorithm=SFT(), rows=rows)], 5e-3)
-    rollouts = workers.generate(prompts()[:24], samples=1, teacher_share=0.0, max_tokens=MAX_RESPONSE, salt=2)
+    rollouts = workers.generate(prompts()[:24], workers.publish(), samples=1, teacher_share=0.0, max_tokens=MAX_RESPONSE, salt=2)
     assert {rollout.version for rollout in rollouts} == {workers.version} == {3}
     count = sum(len(rollout.tokens) for rollout in rollouts)
     engine = -sum(sum(rollout.student_logprobs or ()) for rollout in rollouts) / count
@@ -230,7 +232,7 @@ def test_a_replica_that_dies_comes_back_with_the_newest_weights_and_no_prompt_is
     assert workers.rollouts is not None
     ray.kill(workers.rollouts.actors[0], no_restart=False)
     asked = prompts()[:24]
-    rollouts = workers.generate(asked, samples=1, teacher_share=0.0, max_tokens=MAX_RESPONSE, salt=3)
+    rollouts = workers.generate(asked, workers.publish(), samples=1, teacher_share=0.0, max_tokens=MAX_RESPONSE, salt=3)
     assert [rollout.prompt_id for rollout in rollouts] == [prompt.id for prompt in asked]
     count = sum(len(rollout.tokens) for rollout in rollouts)
     engine = -sum(sum(rollout.student_logprobs or ()) for rollout in rollouts) / count

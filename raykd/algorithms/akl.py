@@ -36,4 +36,4 @@ class AKL(NamedGKD):
     def distillation(self) -> GKD:
         """The same objective as a token-level divergence on a share of the student's text."""
         divergence = AdaptiveKL(head_mass=self.head_mass, boundary=self.boundary)
-        return GKD(divergence=divergence, student_share=self.student_share)
+        return GKD(divergence=divergence, student_share=self.student_share, importance_limit=self.importance_limit)

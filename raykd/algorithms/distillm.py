@@ -145,7 +145,7 @@ class DistiLLM(NamedGKD):
     @property
     def distillation(self) -> GKD:
         """The same objective as a token-level divergence, whoever wrote the text."""
-        return GKD(divergence=self.divergence)
+        return GKD(divergence=self.divergence, importance_limit=self.importance_limit)
 
     @property
     def writers(self) -> frozenset[Source]:

@@ -12,7 +12,7 @@ from raykd import divergences
 from raykd.algorithms.base import Algorithm, Mixture, Needs, PerToken, Progress
 from raykd.logprobs import entropy, gather
 from raykd.records import Batch, Row, Source
-from raykd.surrogates import clipped_surrogate, importance_ratio
+from raykd.surrogates import clipped_surrogate, importance_ratio, truncated_importance_weight
 
 
 class TokenDivergence(BaseModel):
@@ -134,8 +134,8 @@ class TopK(TokenDivergence):
     def _sees_what_leaks(self) -> Self:
         if not self.tail and not isinstance(self.of, ForwardKL):
             raise ValueError(
-                f"top_k of {self.of.kind} without the tail is minimised by moving the student's mass out of the teacher's {self.k} "
-                "tokens; set tail to true, or use forward_kl"
+                f"top_k of {self.of.kind} without the tail is minimised by moving the student's mass out of the teacher's "
+                f"{self.k} tokens; set tail to true, or use forward_kl"
             )
         return self
 
@@ -155,6 +155,9 @@ class TokenDistillation(Algorithm):
     divergence: AnyDivergence = ForwardKL()
     temperature: float = Field(default=1.0, gt=0)
     """Both distributions are softened to softmax(logits / temperature) in the divergence; no factor temperature^2 is added."""
+    importance_limit: float | None = Field(default=None, gt=0)
+    """Weigh each token of the student's text by min(q / q_old, limit), without gradient: truncated importance sampling, for
+    text of an older policy (a stage's ``max_staleness``, replay). None: every token counts the same, as in the papers."""
 
     @property
     def needs(self) -> Needs:
@@ -162,8 +165,18 @@ class TokenDistillation(Algorithm):
 
     def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
         assert teacher is not None, "the teacher's distribution was declared as needed"
-        loss = self.divergence(softened(student, self.temperature), softened(teacher, self.temperature))
-        return {"loss": loss, "divergence": loss.detach(), **measures(student, tokens)}
+        divergence = self.divergence(softened(student, self.temperature), softened(teacher, self.temperature))
+        values = {"loss": divergence, "divergence": divergence.detach(), **measures(student, tokens)}
+        if self.importance_limit is not None:
+            weight = truncated_importance_weight(-values["nll"], given["behaviour"], self.importance_limit)
+            weight = torch.where(given["by_student"], weight, 1.0)
+            values |= {"loss": weight * divergence, "importance_weight": weight}
+        return values
+
+    def per_sequence(self, batch: Batch) -> dict[str, Tensor]:
+        if self.importance_limit is None:
+            return {}
+        return {"behaviour": batch.behaviour_logprobs, "by_student": batch.by_student[:, None].expand(batch.mask.shape)}
 
 
 def softened(logprobs: Tensor, temperature: float) -> Tensor:
@@ -259,13 +272,14 @@ class GKD(TokenDistillation):
 
     def per_sequence(self, batch: Batch) -> dict[str, Tensor]:
         """The advantage r(y) - mean of the others' rewards, counted once a response whatever the reduction of D is."""
+        given = super().per_sequence(batch)
         if not self.needs_reward:
-            return {}
+            return given
         count = max(1, batch.totals.sequences)
         others = count / max(1, count - 1) * (batch.rewards - batch.totals.numbers["reward"])
         weights = self.token_weights(batch)
         scale = torch.where(batch.mask, 1 / count / weights, 0.0)
-        return {"advantage": others[:, None] * scale, "behaviour": batch.behaviour_logprobs}
+        return given | {"advantage": others[:, None] * scale, "behaviour": batch.behaviour_logprobs}
 
     def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
         values = super().per_token(student, teacher, tokens, given)
@@ -279,6 +293,9 @@ class GKD(TokenDistillation):
 class NamedGKD(Algorithm):
     """A method that is a token-level divergence on a share of the student's text: GKD under its own name and hyper-parameters."""
 
+    importance_limit: float | None = Field(default=None, gt=0)
+    """As in ``GKD``: for text of an older policy."""
+
     @property
     @abstractmethod
     def distillation(self) -> TokenDistillation:
@@ -290,6 +307,9 @@ class NamedGKD(Algorithm):
 
     def mixture(self, progress: Progress) -> Mixture:
         return self.distillation.mixture(progress)
+
+    def per_sequence(self, batch: Batch) -> dict[str, Tensor]:
+        return self.distillation.per_sequence(batch)
 
     def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
         return self.distillation.per_token(student, teacher, tokens, given)

@@ -20,8 +20,8 @@ class OPD(Algorithm):
         L = sum_t -rho_t A_t,   rho_t = q(y_t) / q_old(y_t)
 
     q_old is the law that was sampled from, so that on-policy the expected gradient is that of KL(q || p) at every visited
-    position. The teacher sends one number a token. ``discount`` > 0 adds the discounted advantages of later tokens; at 1 the expected
-    gradient is the sequence-level reverse KL's, at a far higher variance than ``MiniLLM``, which knows the first term exactly.
+    position. The teacher sends one number a token. ``discount`` > 0 adds the discounted advantages of later tokens; at 1 the
+    expected gradient is the sequence-level reverse KL's, at a higher variance than ``MiniLLM``, which knows the first term exactly.
     """
 
     kind: Literal["opd"] = "opd"

@@ -1,0 +1,27 @@
+"""What a run's numbers say of it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from raykd.tracking import advice
+
+
+@pytest.mark.parametrize(
+    ("busy", "staleness", "expected"),
+    [
+        (
+            {"wait": 8, "generate": 6, "score": 2, "learn": 2},
+            0,
+            "80% of the time, mostly for the rollout replicas.*max_staleness 1",
+        ),
+        ({"wait": 5, "generate": 2, "score": 4, "learn": 5}, 1, "50% of the time, mostly for the teacher replicas: more of them"),
+        ({"wait": 0.5, "generate": 6, "learn": 9, "publish": 0.5}, 1, "more learner ranks would help"),
+    ],
+)
+def test_advice_names_what_held_the_run_up(tmp_path: Path, busy: dict[str, float], staleness: int, expected: str) -> None:
+    halves = json.dumps({"step": 1, **{f"seconds/{verb}": seconds / 2 for verb, seconds in busy.items()}})
+    (tmp_path / "metrics.jsonl").write_text(f"{halves}\n{halves}\n")
+    assert re.search(expected, advice(tmp_path, staleness))
