@@ -4,8 +4,8 @@
                    ^                                                  |
                    +---------------- weights (a version) -------------+
 
-One pass of the inner loop is a phase: responses are written (by the data set, the student, the student mixed with the
-teacher), scored, put into the replay buffer, and learned from in mini-batches, for as many epochs as the algorithm asks.
+A phase: responses are written (by the data set, the student, the teacher, or both mixed), scored, put into the replay buffer, and
+learned from in mini-batches, for as many epochs as the algorithm asks. Phases may be written ahead (phases.py).
 Everything below holds references and numbers; tensors go from worker to worker.
 """
 
@@ -14,7 +14,7 @@ import math
 import pickle
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from raykd.algorithms import GKD, KD, SFT
 from raykd.algorithms.base import Algorithm, Needs
 from raykd.algorithms.gkd import ReverseKL
 from raykd.experiment import Experiment, Optimiser, Stage
-from raykd.phases import Phases, Position, assess
+from raykd.phases import Phase, Phases, Position, assess
 from raykd.prompts import PromptStream
 from raykd.records import Prompt, Rollout, Source
 from raykd.tracking import Tracker
@@ -56,16 +56,7 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
                 if phase.rows and phase.mixture.keep:
                     workers.call_replay("add", phase.rows)
                 for _ in range(min(stage.steps_per_phase, stage.steps - at.step)):
-                    batch = (
-                        workers.call_replay("sample", stage.batch_size, workers.version) if phase.mixture.replay else phase.rows
-                    )
-                    numbers = stage.algorithm.per_step(phase.progress, batch)
-                    terms = [Term(algorithm=stage.algorithm, rows=batch, numbers=numbers), *text_terms(stage, workers, data)]
-                    rate = learning_rate(stage.optimiser, at.step, stage.steps)
-                    metrics = workers.step(terms, rate)
-                    at.step, at.total = at.step + 1, at.total + 1
-                    written = summary([row.rollout for row in batch], at.total)
-                    tracker.log(at.total, metrics | numbers | written | workers.take_usage())
+                    learn(phase, stage, workers, data, tracker, at)
                 if _due(experiment.evaluation.every, at, stage):
                     phases.settle()
                     measure(experiment, workers, data, tracker, at)
@@ -75,6 +66,17 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
         at.stage, at.step = at.stage + 1, 0
         save_checkpoint(workers, data, run, at)
     return held_out
+
+
+def learn(phase: Phase, stage: Stage, workers: Workers, data: Data, tracker: Tracker, at: Position) -> None:
+    """One optimiser step, on a draw of the replay buffer or on the phase's responses themselves."""
+    rows = workers.call_replay("sample", stage.batch_size, workers.version) if phase.mixture.replay else phase.rows
+    numbers = stage.algorithm.per_step(replace(phase.progress, step=at.step), rows)
+    terms = [Term(algorithm=stage.algorithm, rows=rows, numbers=numbers), *text_terms(stage, workers, data)]
+    metrics = workers.step(terms, learning_rate(stage.optimiser, at.step, stage.steps))
+    at.step, at.total = at.step + 1, at.total + 1
+    written = summary([row.rollout for row in rows], at.total)
+    tracker.log(at.total, metrics | numbers | written | workers.take_usage())
 
 
 def rescore(workers: Workers, algorithm: Algorithm) -> None:

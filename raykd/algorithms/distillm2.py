@@ -26,10 +26,11 @@ class DistiLLM2(Algorithm):
 
     alpha follows a curriculum from the second epoch on: alpha = 1 - (1 - alpha_max) m / gap, within [alpha_min, alpha_max], with
     gap = exp(mean log p) - exp(mean log q) of the response on the teacher's text, its negative on the student's, and m the mean
-    gap of that side over the step; log q is recorded when the text is written. beta follows ``beta_schedule``: the paper's
-    clip(e / E + tau / T, beta, 1), with e the epoch counted from 1 and tau / T the part of it that is done, read literally
-    reaches 1, and leaves the teacher's text out, within the first epoch; ``ramp`` is the public code's, from beta to (1 + beta) / 2 over
-    the first half of the training.
+    gap of that side over the step; log q is recorded when the text is written.
+
+    beta follows ``beta_schedule``. The paper's clip(e / E + tau / T, beta, 1), e the epoch counted from 1 and tau / T the part of
+    it that is done, read literally reaches 1, and leaves the teacher's text out, within the first epoch. ``ramp`` is the public
+    code's: from beta to (1 + beta) / 2 over the first half of the training.
     """
 
     kind: Literal["distillm2"] = "distillm2"

@@ -21,7 +21,7 @@ class OPD(Algorithm):
 
     q_old is the law that was sampled from, so that on-policy the expected gradient is that of KL(q || p) at every visited
     position. The teacher sends one number a token. ``discount`` > 0 adds the discounted advantages of later tokens; at 1 the
-    expected gradient is the sequence-level reverse KL's, at a higher variance than ``MiniLLM``, which knows the first term exactly.
+    expected gradient is the sequence-level reverse KL's; ``MiniLLM`` has the same with its first term exact: far less variance.
     """
 
     kind: Literal["opd"] = "opd"
