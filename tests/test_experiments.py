@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import spoken_dates
 
+from raykd.algorithms import AnyAlgorithm
 from raykd.experiment import Experiment
 
 ROOT = Path(__file__).parent.parent
@@ -46,20 +48,55 @@ def test_the_language_of_dates_is_right():
     assert not spoken_dates.is_right("1905-11-03\n", "the fourth of November, 1905")
 
 
-@pytest.mark.parametrize("name", ["stories_minillm", "minillm_llama13b"])
+STORIES = sorted(path.stem for path in (ROOT / "experiments").glob("stories_*.py"))
+PAPER_ROWS = sorted(path.stem for path in (ROOT / "experiments").glob("*_*.py") if "from dolly import" in path.read_text())
+
+
+def experiments(name: str) -> dict[str, Experiment]:
+    """The experiment of a file, and the same at its other scales."""
+    module = importlib.import_module(name)
+    return {"": module.EXPERIMENT} | {scale: make() for scale, make in getattr(module, "SCALES", {}).items()}
+
+
+@pytest.mark.parametrize("name", [*STORIES, *PAPER_ROWS])
 def test_an_experiment_is_a_value_that_survives_json(name: str):
-    experiment = importlib.import_module(name).EXPERIMENT
-    assert Experiment.model_validate_json(experiment.model_dump_json()) == experiment
+    for experiment in experiments(name).values():
+        assert Experiment.model_validate_json(experiment.model_dump_json()) == experiment
+
+
+def test_every_algorithm_has_a_file_on_the_stories_pair():
+    algorithms = get_args(get_args(AnyAlgorithm)[0])
+    shown = {type(stage.algorithm) for name in STORIES for e in experiments(name).values() for stage in e.stages}
+    assert shown == set(algorithms)
+
+
+def test_every_method_on_the_stories_pair_has_as_many_steps():
+    assert {sum(stage.steps for stage in e.stages) for name in STORIES for e in experiments(name).values()} == {496}
+
+
+@pytest.mark.parametrize("name", PAPER_ROWS)
+def test_a_paper_row_fills_half_a_node_or_a_node(name: str):
+    gpus = {scale: experiment.gpus() for scale, experiment in experiments(name).items() if scale != "tiny"}
+    assert set(gpus.values()) <= {4, 8} and len(set(gpus.values())) == 1, gpus
+
+
+@pytest.mark.parametrize("name", PAPER_ROWS)
+def test_the_runs_of_a_paper_row_have_names_of_their_own(name: str):
+    names = [experiment.name for scale, experiment in experiments(name).items() if scale]
+    assert len(set(names)) == len(names)
+
+
+def test_a_teacher_to_be_made_first_is_where_its_fine_tuning_leaves_it():
+    made = {str(e.runs.absolute() / e.name / "student") for e in experiments("sft_dolly").values()}
+    teachers = {e.teacher.path for name in PAPER_ROWS for e in experiments(name).values() if e.teacher}
+    waiting = {teacher for teacher in teachers if teacher.endswith("/student")}
+    assert waiting and waiting <= made
 
 
 def test_the_13b_layout_is_the_one_its_docstring_draws():
     experiment = importlib.import_module("minillm_llama13b").EXPERIMENT
-    assert (experiment.learner.ranks, experiment.teachers.replicas, experiment.rollout.replicas, experiment.gpus()) == (
-        4,
-        2,
-        2,
-        8,
-    )
+    layout = (experiment.learner.ranks, experiment.teachers.replicas, experiment.rollout.replicas, experiment.gpus())
+    assert layout == (4, 2, 2, 8)
 
 
 @pytest.mark.stack

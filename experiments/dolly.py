@@ -1,0 +1,101 @@
+"""databricks-dolly-15k as MiniLLM, DistiLLM and AKL train on it: data, lengths, schedules, layouts of GPUs.
+
+Rouge-L, which the papers report, is measured afterwards; a run measures cross-entropy and divergences on 1,000 held-out prompts.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from raykd.algorithms import SFT, AnyAlgorithm, MiniLLM
+from raykd.experiment import (
+    EvaluationConfig,
+    Experiment,
+    LearnerConfig,
+    Model,
+    Optimiser,
+    RolloutConfig,
+    Stage,
+    TeacherConfig,
+)
+from raykd.prompts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Documents, Pairs
+
+DOLLY = Pairs(
+    path="databricks/databricks-dolly-15k",
+    split="train[500:]",  # the first 500 rows are MiniLLM's test set
+    prompt=ALPACA_WITH_INPUT.replace("{input}", "{context}"),
+    prompt_without_input=ALPACA_WITHOUT_INPUT,
+    response="{response}",
+)
+OPENWEBTEXT = Documents(path="Skylion007/openwebtext", limit=200_000)
+TRAINING_ROWS = 11_500
+"""To train on: 14,511 without those held out and those whose prompt is longer than 256 tokens."""
+
+
+class Layout(NamedTuple):
+    """How the GPUs of a node, 80 GB each, are shared out: one actor a GPU."""
+
+    learner: LearnerConfig
+    teachers: TeacherConfig
+    rollout: RolloutConfig
+
+
+SMALL = Layout(
+    LearnerConfig(ranks=2, gpus=1, zero_stage=1, micro_batch=16),
+    TeacherConfig(replicas=1, gpus=1),
+    RolloutConfig(replicas=1, gpus=1),
+)
+"""Four GPUs, for students to 1.5 billion parameters and teachers to three."""
+LARGE = Layout(
+    LearnerConfig(ranks=4, gpus=1, zero_stage=3, micro_batch=4, activation_checkpointing=True),
+    TeacherConfig(replicas=2, gpus=1),
+    RolloutConfig(replicas=2, gpus=1),
+)
+"""Eight GPUs, for students to seven billion parameters and teachers to thirteen."""
+TRAINING_ONLY = Layout(
+    LearnerConfig(ranks=8, gpus=1, zero_stage=3, micro_batch=4, activation_checkpointing=True),
+    TeacherConfig(),
+    RolloutConfig(),
+)
+"""Eight GPUs, where nobody writes or scores."""
+
+
+def dolly(name: str, *stages: Stage, student: str, teacher: str | None, layout: Layout, measure_every: int = 500) -> Experiment:
+    """Stages on Dolly, with MiniLLM's template, lengths and seed; measured every so many steps."""
+    return Experiment(
+        name=name,
+        teacher=Model(path=teacher) if teacher else None,
+        student=Model(path=student),
+        data=DOLLY,
+        text=OPENWEBTEXT if any(stage.algorithm.text for stage in stages) else None,
+        text_length=512,
+        max_prompt=256,
+        max_response=256,
+        stages=stages,
+        evaluation=EvaluationConfig(prompts=1_000, every=measure_every),
+        checkpoint_every=500,
+        seed=10,
+        **layout._asdict(),
+    )
+
+
+def epochs(algorithm: AnyAlgorithm, count: int, learning_rate: float, batch_size: int = 32) -> Stage:
+    """Passes over Dolly under the schedule of MiniLLM's and DistiLLM's fine-tuning scripts."""
+    optimiser = Optimiser(learning_rate=learning_rate, schedule="cosine", learning_rate_min=1e-7, weight_decay=1e-2)
+    return Stage(algorithm=algorithm, steps=count * TRAINING_ROWS // batch_size, batch_size=batch_size, optimiser=optimiser)
+
+
+def first_sft(learning_rate: float) -> Stage:
+    """The fine-tuning before a method: three epochs, the last checkpoint (the papers: the one of lowest validation loss)."""
+    return epochs(SFT(), 3, learning_rate)
+
+
+def minillm(schedule: Literal["constant", "cosine"]) -> Stage:
+    """MiniLLM's second phase: steps and batch are the paper's, the schedule of the rate its code's."""
+    optimiser = Optimiser(learning_rate=5e-6, schedule=schedule, warmup_steps=100, weight_decay=1e-6)
+    return Stage(algorithm=MiniLLM(), steps=5_000, batch_size=64, optimiser=optimiser)
+
+
+def fine_tuned(size: str) -> str:
+    """What ``sft_dolly.py --scale SIZE`` leaves."""
+    return str(Path(os.environ.get("RAYKD_RUNS", "runs")).absolute() / f"sft-{size}" / "student")

@@ -1,0 +1,14 @@
+"""Generalised distillation: the Jensen-Shannon divergence at beta 0.9, close to reverse KL, on the student's own text.
+
+Look at the reverse KL. ``--stages.1.algorithm.student-share 0.5`` learns from the stories as well.
+"""
+
+from stories import after_sft, stories
+
+from raykd.algorithms import GKD
+from raykd.cli import main
+
+EXPERIMENT = stories("gkd", *after_sft(GKD()))
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

@@ -1,0 +1,14 @@
+"""Imitation: forward KL, half of it on the stories, half on what the student writes.
+
+Look at the reverse KL beside stories_kd.py's: the same divergence, but the student meets its own mistakes.
+"""
+
+from stories import after_sft, stories
+
+from raykd.algorithms import ImitKD
+from raykd.cli import main
+
+EXPERIMENT = stories("imit_kd", *after_sft(ImitKD()))
+
+if __name__ == "__main__":
+    main(EXPERIMENT)

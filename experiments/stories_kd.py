@@ -1,0 +1,14 @@
+"""Word-level distillation: forward KL to the teacher's distribution at every position of the stories.
+
+Look at the forward KL, which it minimises on exactly the text that it is measured on.
+"""
+
+from stories import after_sft, stories
+
+from raykd.algorithms import KD
+from raykd.cli import main
+
+EXPERIMENT = stories("kd", *after_sft(KD()))
+
+if __name__ == "__main__":
+    main(EXPERIMENT)
