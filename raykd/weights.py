@@ -1,7 +1,7 @@
 """Learner -> rollout weights as buckets of bytes: packed on the learner, fetched by each replica, checked on arrival.
 
     learner:  WeightUpdate(version, [put(bucket) for bucket in pack(named_tensors)])      references leave the learner
-    rollout:  for bucket in update.buckets: for name, tensor in unpack(get(bucket)): load
+    rollout:  for bucket in update.buckets: verify(get(bucket)), then for name, tensor in unpack(bucket): load
 
 The driver passes the ``WeightUpdate`` on; it holds references and numbers, never a weight.
 """
@@ -59,13 +59,17 @@ def pack(named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = 256 <<
         yield _bucket(pending)
 
 
-def unpack(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a bucket as read-only views into its block; raises ValueError when the bytes are not those packed."""
+def verify(bucket: Bucket) -> None:
+    """Raise ValueError when the bytes are not those packed."""
     if checksum(bucket.data) != bucket.checksum:
         names = ", ".join(entry[0] for entry in bucket.entries[:3])
         raise ValueError(
             f"weights arrived damaged: checksum of the bucket holding {names}, ... differs from the learner's; publish again"
         )
+
+
+def unpack(bucket: Bucket) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a bucket as read-only views into its block."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes: the views are read-only
         flat = torch.frombuffer(bucket.data, dtype=torch.uint8)

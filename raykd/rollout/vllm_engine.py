@@ -11,7 +11,7 @@ import torch
 from raykd.rollout.config import EngineSettings
 from raykd.rollout.engine_thread import EngineThread
 from raykd.rollout.requests import Completion
-from raykd.weights import Bucket, WeightUpdate, unpack
+from raykd.weights import Bucket, WeightUpdate, verify
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
@@ -184,8 +184,7 @@ async def fetch_buckets(update: WeightUpdate, fetch: Callable[[Any], Bucket]) ->
 
     def fetch_checked(reference: Any) -> Bucket:
         bucket = fetch(reference)
-        for _ in unpack(bucket):
-            pass
+        verify(bucket)
         return bucket
 
     return [await asyncio.to_thread(fetch_checked, reference) for reference in update.buckets]
