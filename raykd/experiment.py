@@ -186,6 +186,8 @@ class EvaluationConfig(_Value):
     """Held-out prompts; they are taken from the data and never trained on. 0 measures nothing."""
     every: int = Field(default=0, ge=0)
     """Also every so many steps within a stage; 0 only between stages."""
+    samples: int = Field(default=4, ge=0)
+    """Of the student's answers to them, so many are kept as text each time, in ``samples.jsonl``."""
 
 
 class TrackingConfig(_Value):

@@ -124,7 +124,12 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
     if experiment.text is not None:
         length = min(experiment.text_length, experiment.max_length)
         text = PromptStream(pack_text(read_rows(experiment.text), experiment.text, tokenizer, length=length), experiment.seed + 1)
-    return Data(prompts=PromptStream(shuffled[held_out:], experiment.seed), held_out=shuffled[:held_out], text=text)
+    return Data(
+        prompts=PromptStream(shuffled[held_out:], experiment.seed),
+        held_out=shuffled[:held_out],
+        decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
+        text=text,
+    )
 
 
 def connect(experiment: Experiment) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +26,7 @@ class Tracker:
     def __init__(
         self, run: Path, experiment: Mapping[str, Any], *, name: str, wandb: bool, project: str, console: Console
     ) -> None:
+        self._run = run
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         self._started = time.monotonic()
         self._wandb = _start_wandb(run, experiment, name, project) if wandb else None
@@ -73,6 +74,11 @@ class Tracker:
         """Record held-out numbers under ``heldout/``."""
         self._write(step, {f"heldout/{name}": value for name, value in metrics.items()})
         self._print(f"held out after step {step}:  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
+        """Keep answers as text: one line each in ``samples.jsonl``."""
+        with (self._run / "samples.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         seconds = round(time.monotonic() - self._started, 3)

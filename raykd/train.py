@@ -13,7 +13,7 @@ import json
 import math
 import pickle
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ class Data:
 
     prompts: PromptStream[Prompt]
     held_out: Sequence[Prompt]
+    decode: Callable[[Sequence[int]], str]
     text: PromptStream[Prompt] | None
 
 
@@ -111,6 +112,8 @@ def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Track
         if given:
             rows = workers.score(given, Needs.DISTRIBUTION)
             metrics["forward_kl"] = workers.evaluate([Term(algorithm=KD(), rows=rows)])["loss"]
+        shown = zip(data.held_out, written[: experiment.evaluation.samples], strict=False)
+        tracker.log_samples(at.total, [_sample(prompt, rollout, data.decode) for prompt, rollout in shown])
         rows = workers.score(written, Needs.DISTRIBUTION)
         metrics["reverse_kl"] = workers.evaluate([Term(algorithm=GKD(divergence=ReverseKL()), rows=rows)])["loss"]
         metrics |= {
@@ -119,6 +122,11 @@ def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Track
     tracker.log_held_out(at.total, metrics)
     workers.take_usage()  # measuring is not part of any step
     return metrics
+
+
+def _sample(prompt: Prompt, rollout: Rollout, decode: Callable[[Sequence[int]], str]) -> dict[str, str]:
+    """A held-out prompt as text, with the student's answer and the data set's."""
+    return {"prompt": decode(prompt.tokens), "student": decode(rollout.tokens), "reference": decode(prompt.response)}
 
 
 def learning_rate(optimiser: Optimiser, step: int, steps: int) -> float:

@@ -130,6 +130,13 @@ def test_responses_written_ahead_are_as_old_as_allowed_and_weighed_by_it(finishe
     assert abs(ahead[-1]["importance_weight"] - 1.0) > 1e-3
 
 
+def test_answers_to_held_out_prompts_are_kept_as_text(finished: Finished) -> None:
+    samples = [json.loads(line) for line in (finished.folder / "samples.jsonl").read_text().splitlines()]
+    steps_seen = {sample["step"] for sample in samples}
+    assert {0, 2, 27} <= steps_seen and len(samples) == 4 * len([line for line in finished.lines if "heldout/loss" in line])
+    assert all(sample["prompt"].strip() and sample["reference"].strip() for sample in samples)
+
+
 def test_distillm_learns_from_the_data_from_new_and_from_old_responses(finished: Finished) -> None:
     own = steps(finished)[-DISTILLM_STEPS:]
     assert {line["dataset_share"] for line in own} <= {0.0, 1.0}
