@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from raykd.report import write_report
 from raykd.run import Result
 from raykd.tracking import throughput
 
@@ -56,7 +57,9 @@ def show(console: Console, distilled: Result, control: Result, teacher: Path) ->
     for verb, rate in throughput(distilled.folder).items():
         speed.add_row(verb, f"{rate:,.0f}")
     console.print(speed)
-    for name, path in {"distilled run": distilled.folder, "control": control.folder, "student": distilled.student}.items():
+    report = write_report([distilled.folder, control.folder], distilled.folder / "report.html")
+    places = {"distilled run": distilled.folder, "control": control.folder, "student": distilled.student, "report": report}
+    for name, path in places.items():
         console.print(f"{name}: {os.path.relpath(path)}", highlight=False, soft_wrap=True)
 
 

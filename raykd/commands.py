@@ -101,8 +101,25 @@ class Evaluate(BaseModel):
         return suite.model_copy(update=changes)
 
 
+class Report(BaseModel):
+    """One HTML page about training runs and evaluations, side by side; it needs no network and runs no script."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run directories, finished or not; also results of raykd evaluate, or folders with an evaluation.json."""
+    output: Path | None = None
+    """Where the page goes: by default report.html in the run directory, or in the folder that several share."""
+
+    def run(self, console: Console) -> None:
+        from raykd.report import write_report
+
+        console.print(f"report: {write_report(self.runs, self.output)}", highlight=False, soft_wrap=True)
+
+
 app = SubcommandApp()
 app.command(name="evaluate")(Evaluate)
+app.command(name="report")(Report)
 
 
 def main() -> None:
