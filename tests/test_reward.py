@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from example_text import text, text_tokenizer
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoConfig, LlamaForSequenceClassification
 
 from raykd.experiment import ClassifierReward, FunctionReward
 from raykd.prompts import eos_id
@@ -72,8 +72,9 @@ def test_a_classifier_rates_prompt_and_response(tmp_path: Path, labels: int) -> 
     tokenizer = text_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("llama", **shape, vocab_size=len(tokenizer), num_labels=labels)
     torch.manual_seed(0)
-    model = LlamaForSequenceClassification(LlamaConfig(**{**shape, "vocab_size": len(tokenizer), "num_labels": labels})).eval()
+    model = LlamaForSequenceClassification(config).eval()
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     reward = Reward(ClassifierReward(path=str(tmp_path), label=labels - 1), tokenizer=str(tmp_path))
