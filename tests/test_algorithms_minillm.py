@@ -116,6 +116,34 @@ def test_importance_weights_undo_the_teacher_mixture(share: float) -> None:
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
 
 
+def test_under_a_mixture_the_single_token_ratio_corrects_the_token_and_leaves_prefix_and_future_to_the_mixture() -> None:
+    """The stated approximation, by enumeration of 3-token responses drawn from mu = a p + (1 - a) q:
+
+    sum_t E_{prefix ~ mu} [ grad KL(q_t || p_t) - sum_v grad q_t(v) E_{future ~ mu}[R_{t+1} | prefix, v] ]
+    """
+    student, teacher = tables(3)
+    share, leaf = 0.4, student.clone().requires_grad_()
+    q_log, p_log = leaf.log_softmax(-1), teacher
+    mu = share * teacher.exp() + (1 - share) * student.softmax(-1)
+    weights = gather(mu[PREFIX_ROWS], EVERY_RESPONSE).prod(-1)
+    algorithm = PLAIN.model_copy(update={"teacher_share": share})
+    got, expected = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for rows, tokens, weight in zip(PREFIX_ROWS, EVERY_RESPONSE, weights, strict=True):
+        case = make_case(leaf[rows[None]], student[rows[None]], teacher[rows[None]], tokens[None], [LENGTH], share=share)
+        got = got + weight * evaluate(algorithm, case)[0]
+        rewards = gather(p_log[rows] - student.log_softmax(-1)[rows], tokens)
+        token_weights = gather(mu[rows], tokens)
+        for t in range(LENGTH):
+            exact = (q_log[rows[t]].exp() * (q_log[rows[t]] - p_log[rows[t]])).sum()
+            # weight / mu(token t) leaves the mixture's law of prefix and future; q(token t) takes its place.
+            returned = q_log[rows[t], tokens[t]].exp() / token_weights[t] * rewards[t + 1 :].sum()
+            expected = expected + weight * (exact - returned)
+    got, expected = (torch.autograd.grad(value, leaf, retain_graph=True)[0] for value in (got, expected))
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=0)
+    # It is an approximation: the sequence-level gradient has the running product of the ratios instead.
+    assert (got - exact_gradient(student, teacher)).abs().max().item() > 1e-3
+
+
 def test_loss_by_hand() -> None:
     """In bits: rewards 1, 0, -1 and -3, 3, their future means -1/2, -1, 0 and 3, 0; reverse KL 1/4 and 27/16; rho = 1."""
     algorithm = MiniLLM(teacher_share=0.0)

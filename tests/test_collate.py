@@ -114,3 +114,15 @@ def test_scores_that_do_not_fit_are_refused_by_name() -> None:
         collated([make_row(1, 2)], KD(), head=None)
     with pytest.raises(ValueError, match=r"x/0 has 2 tokens but 1 scores"):
         collated([replace(make_row(1, 2, name="x"), teacher_logprobs=(-1.0,))], MiniLLM(single_step=False))
+
+
+def test_a_pad_that_is_the_eos_hides_nothing() -> None:
+    """Masks come from lengths: an EOS inside the prompt is read, the one that ends a response is learned, padding is neither."""
+    eos = 7
+    ended = make_row(3, 3, prompt_tokens=(1, eos, 2), tokens=(5, 6, eos), student_logprobs=(-1.0,) * 3)
+    rows = [ended, make_row(1, 1, tokens=(eos,))]
+    micro = collate(rows, KD(), Totals.of(rows), fetch=lambda block: block, teacher_head=HEAD, vocab_size=11, pad_id=eos)
+    assert micro.input_ids.tolist() == [[1, eos, 2, 5, 6], [1, eos, eos, eos, eos]]
+    assert micro.tokens.tolist() == [5, 6, eos, eos]
+    assert micro.positions.tolist() == [2, 3, 4, 0]
+    assert micro.batch.mask.tolist() == [[True, True, True], [True, False, False]]

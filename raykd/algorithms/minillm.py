@@ -26,7 +26,9 @@ class MiniLLM(Algorithm):
         L = sum_t [ KL(q_t || p_t) + max(-R_t rho_t, -R_t clamp(rho_t, 1 - clip, 1 + clip)) ] + text_coefficient L_PT
 
     where the first term is exact over the vocabulary and L_PT is the language-modelling loss on plain text. On-policy (a = 0, no
-    normalisation, no clip) the expected gradient is that of KL(q || p) over sequences.
+    normalisation, no clip) the expected gradient is that of KL(q || p) over sequences. The paper's approximations: with a > 0 the
+    exact weight of a token is the running product of the ratios up to it, of which rho_t is the last (prefix and future keep the
+    mixture's law); dividing a return by its length and clipping change the objective.
 
     The bare value is the method without the defects of the public code: the reward at t is not counted in both terms, sum and
     divisor of a return have the same terms, no padding enters a statistic, and tokens are averaged over the whole step.
