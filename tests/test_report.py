@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from raykd.prompts import Pairs
 from raykd.report import write_report
 from raykd.report.charts import averaged
 from raykd.report.folders import read_run
+from raykd.report.tables import differences
 from raykd.run import new_folder
 from raykd.tracking import Tracker
 
@@ -168,6 +170,16 @@ def test_runs_stand_side_by_side_with_what_differs_between_them(tmp_path: Path):
     differing = page.text.split("What is not the same in all runs:")[1].split("Every setting")[0]
     assert differing.split() == ["a/dates", "b/dates", "seed", "0", "7", "runs", str(tmp_path / "a"), str(tmp_path / "b")]
     assert page.source.count('stroke="var(--series-1)"') >= 10 and "over time" in page.text
+
+
+def test_a_stage_that_only_one_run_has_is_one_difference(tmp_path: Path):
+    runs = [read_run(start(tmp_path)), read_run(start(tmp_path))]
+    described = {field: text for field, text in runs[1].settings.items() if not field.startswith("stages.1.")}
+    shorter = replace(runs[1], spans=runs[1].spans[:1], settings=described | {"stages.0.steps": "9"})
+    assert differences([runs[0], shorter]).rows == {
+        "stages": ["SFT, 4 steps; then MiniLLM, 6 steps", "SFT, 4 steps"],
+        "stages.0.steps": ["4", "9"],
+    }
 
 
 def test_samples_show_first_and_last_answers_beside_teacher_and_reference(run: Path):

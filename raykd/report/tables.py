@@ -59,13 +59,22 @@ def time_table(run: RunLog) -> Table:
     return Table(f"{run.name}: {duration(wall)}", ["seconds", "of the time", "tokens per second"], rows, notes)
 
 
-def settings(runs: Sequence[RunLog], *, differing: bool) -> Table:
-    """Every field of the experiments, or those that are not the same in all of them."""
+def settings(runs: Sequence[RunLog]) -> Table:
+    """Every field of the experiments."""
     fields = dict.fromkeys(field for run in runs for field in run.settings)
-    rows = {field: [run.settings.get(field, NOTHING) for run in runs] for field in fields}
-    if differing:
-        rows = {field: values for field, values in rows.items() if len(set(values)) > 1 and field != "name"}
-    return Table("", [run.name for run in runs], rows, {})
+    return Table(
+        "", [run.name for run in runs], {field: [run.settings.get(field, NOTHING) for run in runs] for field in fields}, {}
+    )
+
+
+def differences(runs: Sequence[RunLog]) -> Table:
+    """The fields that are not the same in all runs; of a stage that some do not have, none, but all stages in one row."""
+    num_common = min((len(run.spans) for run in runs), default=0)
+    alone = tuple(f"stages.{index}." for run in runs for index in range(num_common, len(run.spans)))
+    rows = {"stages": [_stages(run) for run in runs]} if alone else {}
+    rows |= {field: values for field, values in settings(runs).rows.items() if not field.startswith((*alone, "name"))}
+    differing = {field: values for field, values in rows.items() if len(set(values)) > 1}
+    return Table("", [run.name for run in runs], differing, {})
 
 
 def evaluation_tables(evaluation: EvaluationLog) -> list[Table]:
@@ -140,13 +149,12 @@ def _facts(run: RunLog) -> dict[str, str]:
     of = run.settings
     student, teacher, data = (_end_of_path(of.get(f"{field}.path", NOTHING)) for field in ("student", "teacher", "data"))
     scratch = of.get("student.scratch.model_type")
-    stages = [f"{span.algorithm}, {span.last - span.first + 1} steps" for span in run.spans]
     facts = {
         "state": "finished" if run.finished else f"at step {run.last_step} of {run.num_steps}",
         "teacher": teacher,
         "student": f"{scratch} from random weights, tokenizer of {student}" if scratch else student,
         "data": data,
-        "stages": "; then ".join(stages),
+        "stages": _stages(run),
     }
     for name, meaning in HELD_OUT.metrics.items():
         values = [line[name] for line in run.held_out if name in line]
@@ -155,6 +163,10 @@ def _facts(run: RunLog) -> dict[str, str]:
     commit = of.get("code.commit", "")[:10] or "unknown"
     changed = ", with changes that were not committed" if of.get("code.modified") == "true" else ""
     return facts | {"wall time": duration(_elapsed(run)), "seed": of.get("seed", NOTHING), "code revision": commit + changed}
+
+
+def _stages(run: RunLog) -> str:
+    return "; then ".join(f"{span.algorithm}, {span.last - span.first + 1} steps" for span in run.spans)
 
 
 def _end_of_path(path: str) -> str:
