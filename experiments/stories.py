@@ -27,23 +27,16 @@ STORIES = f"{DATA}/data/corpus_tinystories/tinystories_cased.jsonl.gz"
 SFT_STEPS, STEPS = 400, 96
 
 
-def from_nothing(algorithm: AnyAlgorithm, steps: int) -> Stage:
-    """A stage for weights that were just drawn at random."""
-    optimiser = Optimiser(learning_rate=1e-2, schedule="cosine", warmup_steps=10)
-    return Stage(algorithm=algorithm, steps=steps, batch_size=32, optimiser=optimiser)
-
-
-def after_sft(algorithm: AnyAlgorithm) -> tuple[Stage, Stage]:
-    """Fine-tuning on the stories, then the method."""
-    optimiser = Optimiser(learning_rate=3e-3, schedule="cosine")
-    return from_nothing(SFT(), SFT_STEPS), Stage(algorithm=algorithm, steps=STEPS, batch_size=32, optimiser=optimiser)
-
-
-def stories(method: str, *stages: Stage, measure_every: int = 0) -> Experiment:
-    """Stages on the pair: a story's first 16 tokens are the prompt, the next 64 the response."""
+def stories(method: AnyAlgorithm, measure_every: int = 0) -> Experiment:
+    """Fine-tuning, then the method; a story's first 16 tokens are the prompt, the next 64 the response."""
+    from_nothing = Optimiser(learning_rate=1e-2, schedule="cosine", warmup_steps=10)
+    stages = (
+        Stage(algorithm=SFT(), steps=SFT_STEPS, batch_size=32, optimiser=from_nothing),
+        Stage(algorithm=method, steps=STEPS, batch_size=32, optimiser=Optimiser(learning_rate=3e-3, schedule="cosine")),
+    )
     in_float32 = EngineConfig(dtype="float32")
     return Experiment(
-        name=f"stories-{method}",
+        name=f"stories-{method.kind}",
         teacher=Model(path=TEACHER),
         student=Model(
             path=TEACHER,  # its tokenizer; the weights start from nothing

@@ -1,15 +1,15 @@
-"""DistiLLM: skew reverse KL from the first step on, without fine-tuning before it, in as many steps as the others have in all.
+"""DistiLLM: skew reverse KL on the stories and, more and more, on what the student writes and has written before.
 
-Look at student_share, which rises when the held-out loss does, and at dataset_share and replayed_share: whose text a step had.
+Look at student_share, which rises whenever the held-out loss did, and at dataset_share and replayed_share: whose text a step had.
 """
 
-from stories import SFT_STEPS, STEPS, from_nothing, stories
+from stories import stories
 
 from raykd.algorithms import AdaptiveSchedule, DistiLLM
 from raykd.cli import main
 
-METHOD = DistiLLM(schedule=AdaptiveSchedule(start=0.2, tolerance=0.0))
-EXPERIMENT = stories("distillm", from_nothing(METHOD, SFT_STEPS + STEPS), measure_every=24)
+SCHEDULE = AdaptiveSchedule(start=0.2, step=0.2, tolerance=0.0)  # 96 steps leave little time to rise
+EXPERIMENT = stories(DistiLLM(schedule=SCHEDULE), measure_every=16)
 
 if __name__ == "__main__":
     main(EXPERIMENT)

@@ -3,12 +3,12 @@
 Look at beta, which leaves the teacher's text out within the first third, and at alpha, which moves from the second third on.
 """
 
-from stories import after_sft, stories
+from stories import stories
 
 from raykd.algorithms import DistiLLM2
 from raykd.cli import main
 
-EXPERIMENT = stories("distillm2", *after_sft(DistiLLM2()))
+EXPERIMENT = stories(DistiLLM2())
 
 if __name__ == "__main__":
     main(EXPERIMENT)

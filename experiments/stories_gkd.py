@@ -3,12 +3,12 @@
 Look at the reverse KL. ``--stages.1.algorithm.student-share 0.5`` learns from the stories as well.
 """
 
-from stories import after_sft, stories
+from stories import stories
 
 from raykd.algorithms import GKD
 from raykd.cli import main
 
-EXPERIMENT = stories("gkd", *after_sft(GKD()))
+EXPERIMENT = stories(GKD())
 
 if __name__ == "__main__":
     main(EXPERIMENT)

@@ -3,12 +3,12 @@
 Look at the reverse KL beside stories_kd.py's: the same divergence, but the student meets its own mistakes.
 """
 
-from stories import after_sft, stories
+from stories import stories
 
 from raykd.algorithms import ImitKD
 from raykd.cli import main
 
-EXPERIMENT = stories("imit_kd", *after_sft(ImitKD()))
+EXPERIMENT = stories(ImitKD())
 
 if __name__ == "__main__":
     main(EXPERIMENT)

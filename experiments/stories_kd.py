@@ -3,12 +3,12 @@
 Look at the forward KL, which it minimises on exactly the text that it is measured on.
 """
 
-from stories import after_sft, stories
+from stories import stories
 
 from raykd.algorithms import KD
 from raykd.cli import main
 
-EXPERIMENT = stories("kd", *after_sft(KD()))
+EXPERIMENT = stories(KD())
 
 if __name__ == "__main__":
     main(EXPERIMENT)

@@ -3,12 +3,12 @@
 Look at the reverse KL, which it minimises, together with the response length: short or empty answers lower it as well.
 """
 
-from stories import after_sft, stories
+from stories import stories
 
 from raykd.algorithms import MiniLLM
 from raykd.cli import main
 
-EXPERIMENT = stories("minillm", *after_sft(MiniLLM(rollouts=64, epochs=2)))
+EXPERIMENT = stories(MiniLLM(rollouts=64, epochs=2))
 
 if __name__ == "__main__":
     main(EXPERIMENT)

@@ -3,12 +3,12 @@
 Look at sampled_reverse_kl of every step, and at how far the exact divergence of stories_gkd.py gets in as many steps.
 """
 
-from stories import after_sft, stories
+from stories import stories
 
 from raykd.algorithms import OPD
 from raykd.cli import main
 
-EXPERIMENT = stories("opd", *after_sft(OPD()))
+EXPERIMENT = stories(OPD())
 
 if __name__ == "__main__":
     main(EXPERIMENT)

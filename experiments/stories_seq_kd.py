@@ -3,12 +3,12 @@
 Look at sampled_forward_kl of every step, log p - log q of the teacher's own stories.
 """
 
-from stories import after_sft, stories
+from stories import stories
 
 from raykd.algorithms import SeqKD
 from raykd.cli import main
 
-EXPERIMENT = stories("seq_kd", *after_sft(SeqKD()))
+EXPERIMENT = stories(SeqKD())
 
 if __name__ == "__main__":
     main(EXPERIMENT)

@@ -3,12 +3,12 @@
 Look at what it leaves: the forward KL on stories falls, the reverse KL on the student's own text less.
 """
 
-from stories import after_sft, stories
+from stories import stories
 
 from raykd.algorithms import SFT
 from raykd.cli import main
 
-EXPERIMENT = stories("sft", *after_sft(SFT()))
+EXPERIMENT = stories(SFT())
 
 if __name__ == "__main__":
     main(EXPERIMENT)
