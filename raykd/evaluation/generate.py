@@ -76,15 +76,14 @@ def write_with_vllm(
 def write_with_transformers(
     model: str, engine: EngineSettings, decoding: Decoding, eos_id: int, asked: Sequence[tuple[Prompt, int]]
 ) -> list[list[Rollout]]:
-    """As the papers' public code does; a batch is over when its last answer is, and shares one generator."""
+    """As the papers' public code does: one generator for all rows, a batch is over when its last answer is."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoModelForCausalLM
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    writer: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, engine.dtype)).eval()
-    writer.to(device)
+    writer = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, engine.dtype)).eval()
+    writer.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]  it lost its signature
     padding_rows = list(range(engine.vocab_size or writer.config.vocab_size, writer.config.vocab_size))
-    common = {
+    rules = {
         "do_sample": True,
         "top_k": 0,
         "no_repeat_ngram_size": decoding.no_repeat_ngram_size,
@@ -92,29 +91,32 @@ def write_with_transformers(
         "eos_token_id": eos_id,
         "pad_token_id": eos_id,
     }
-
-    def answer(batch: Sequence[tuple[Prompt, int]]) -> list[Rollout]:
-        width, max_tokens = max(len(prompt.tokens) for prompt, _ in batch), max(limit for _, limit in batch)
-        pads = [width - len(prompt.tokens) for prompt, _ in batch]
-        ids = torch.tensor(
-            [[eos_id] * pad + [*prompt.tokens] for pad, (prompt, _) in zip(pads, batch, strict=True)], device=device
-        )
-        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads], device=device)
-        writer.generation_config = GenerationConfig(max_new_tokens=max_tokens, **common)
-        with torch.inference_mode():
-            tokens = writer.generate(ids, attention_mask=mask)[:, width:].tolist()
-        return [_rollout(prompt, row[:limit], eos_id) for (prompt, limit), row in zip(batch, tokens, strict=True)]
-
-    order = sorted(range(len(asked)), key=lambda index: len(asked[index][0].tokens))
+    by_length = sorted(range(len(asked)), key=lambda index: len(asked[index][0].tokens))
     written = []
     for seed in decoding.seeds:
         torch.manual_seed(seed)
         answers: dict[int, Rollout] = {}
-        for start in range(0, len(order), BATCH):
-            chosen = order[start : start + BATCH]
-            answers |= zip(chosen, answer([asked[index] for index in chosen]), strict=True)
+        for start in range(0, len(by_length), BATCH):
+            batch = by_length[start : start + BATCH]
+            answers |= zip(batch, _write_batch(writer, rules, eos_id, [asked[index] for index in batch]), strict=True)
         written.append([answers[index] for index in range(len(asked))])
     return written
+
+
+def _write_batch(writer: Any, rules: dict[str, Any], eos_id: int, batch: Sequence[tuple[Prompt, int]]) -> list[Rollout]:
+    import torch
+    from transformers import GenerationConfig
+
+    width = max(len(prompt.tokens) for prompt, _ in batch)
+    pads = [width - len(prompt.tokens) for prompt, _ in batch]
+    ids = [[eos_id] * pad + [*prompt.tokens] for pad, (prompt, _) in zip(pads, batch, strict=True)]
+    mask = [[0] * pad + [1] * (width - pad) for pad in pads]
+    # The model's own replaces whatever is left unset, so it is this one.
+    writer.generation_config = GenerationConfig(max_new_tokens=max(limit for _, limit in batch), **rules)
+    with torch.inference_mode():
+        tokens = writer.generate(torch.tensor(ids, device=writer.device), attention_mask=torch.tensor(mask, device=writer.device))
+    answers = tokens[:, width:].tolist()
+    return [_rollout(prompt, answer[:limit], eos_id) for (prompt, limit), answer in zip(batch, answers, strict=True)]
 
 
 def _quieten() -> None:

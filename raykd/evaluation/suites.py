@@ -134,8 +134,10 @@ def _find(name: str, others: Suite) -> Suite | LabelSuite:
 
 
 def _accepted(suite: Suite, row: Row, index: int) -> tuple[str, ...]:
-    assert suite.data.response is not None
-    accepted = suite.data.response.format_map(row) if suite.references is None else row.get(suite.references)
+    if suite.references is None:
+        assert suite.data.response is not None
+        return (suite.data.response.format_map(row),)
+    accepted = row.get(suite.references)
     if not accepted:
         raise ValueError(f"suite {suite.name}, row {index + 1}: no accepted answer in the field {suite.references!r}")
     return (accepted,) if isinstance(accepted, str) else tuple(accepted)
