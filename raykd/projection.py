@@ -1,32 +1,38 @@
-"""Hidden states times an output head, reduced over the vocabulary a chunk of positions at a time: never ``[N, V]`` as a whole.
+"""Hidden states times an output head -> a weighted loss over the vocabulary, a chunk of positions at a time: never ``[N, V]``.
 
 Shapes: N positions, n positions of a chunk, H hidden width, V true vocabulary (heads may be padded beyond it).
 
-    chunk:  student hidden -> student head -> cut to V -> log-softmax --+
-            teacher hidden -> teacher head -> cut to V -> log-softmax --+-> reduce -> {name: [n]}
-    backward recomputes each chunk where there are several, so memory is bounded by one chunk.
+    student hidden -> W h [n, V] -> log-softmax --+
+    teacher hidden -> W h [n, V] -> log-softmax --+-> reduce -> {name: [n]}, the loss among them -> weighted sum
+                                                                                                        |
+    gradients of hidden states, weight, bias <- two products <- slope: d sum / d (W h) [n, V] <- autograd
+
+Weights are known beforehand and no position's loss depends on another's, so that a chunk is differentiated as soon as it exists
+and then forgotten: four matrix products, none of them twice. Liger-Kernel's fused losses (arXiv 2410.10989) do so, too. Between
+the products a chunk is taken in tiles, in which autograd differentiates whatever ``reduce`` does; a tile's slope takes the place
+of its W h. Memory: W h of a chunk for both models, a few tiles, and the gradients themselves.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from raykd.logprobs import gather, promote
-from raykd.records import Scores
 
-Projection = Callable[[Tensor], Tensor]
-"""Hidden states ``[n, H]`` to logits ``[n, V or more]``: a ``Head``, or the student's own output module."""
 Reduce = Callable[[Tensor, Tensor | None, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 """Student and teacher log-probs ``[n, V]``, tokens ``[n]`` and what is given of them ``{name: [n]}``, to ``{name: [n]}``: an
 algorithm's ``per_token``."""
 
-CHUNK_ELEMENTS = 2**25
-"""Logits of one chunk when no chunk is asked for: 128 MiB in float32, 1,048 positions at V = 32,000."""
+CHUNK_ELEMENTS = {"cpu": 10 * 2**20, "cuda": 2**25}
+"""Logits of a chunk when no chunk is asked for, 208 positions at V = 50,257 on a CPU: enough for products at full speed."""
+TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+"""Logits that are reduced at a time. On a CPU 4 MiB: the many passes between logits and slope stay in its cache, and their
+temporaries within what the C library hands out again instead of returning it to the system, page by page."""
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest accepted difference, in nats, between the teacher's probe and its reconstruction, by the dtype that travelled."""
@@ -34,7 +40,7 @@ TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torc
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """A frozen output head: logits = softcap * tanh(scale * (W h + b) / softcap), float32 (float64 for float64 weights)."""
+    """An output head: logits = softcap * tanh(scale * (W h + b) / softcap), float32 (float64 for float64 weights)."""
 
     weight: Tensor
     """[V, H]."""
@@ -44,15 +50,17 @@ class Head:
     softcap: float | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """``[n, H] -> [n, V]``. The product of halves is kept in float32: a bfloat16 logit near 16 would be off by up to 0.06."""
-        hidden = hidden.to(self.weight.dtype)
-        if hidden.is_cuda and self.weight.dtype in (torch.float16, torch.bfloat16):
-            logits = torch.mm(hidden, self.weight.T, out_dtype=torch.float32)
-        else:
-            logits = promote(hidden) @ promote(self.weight).T
-        if self.bias is not None:
-            logits = logits + self.bias.to(logits.dtype)
-        logits = logits * self.scale
+        """``[n, H] -> [n, V]``."""
+        return self.logits(self.product(hidden))
+
+    def product(self, hidden: Tensor) -> Tensor:
+        """W h, ``[n, H] -> [n, V]``. That of halves is kept in float32: a bfloat16 logit near 16 would be off by up to 0.06."""
+        return _product(hidden.to(self.weight.dtype), self.weight.T)
+
+    def logits(self, product: Tensor) -> Tensor:
+        """Bias, scale and soft-cap; ``[n, V] -> [n, V]``, the same tensor where there are none."""
+        logits = product if self.bias is None else product + self.bias.to(product.dtype)
+        logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def cut(self, vocab_size: int) -> "Head":
@@ -72,96 +80,148 @@ class Probe(NamedTuple):
     logprobs: Tensor
     """log p of the response token; [N] float32."""
 
-    @classmethod
-    def of(cls, scores: Scores) -> "Probe":
-        return cls(scores.log_normaliser, scores.logprobs)
+    def rows(self, at: slice) -> "Probe":
+        """Of some positions, in place."""
+        return Probe(self.log_normaliser[at], self.logprobs[at])
 
 
-def per_token(
-    student_hidden: Tensor,
-    student_head: Projection,
+def weighted_loss(
+    head: Head,
+    hidden: Tensor,
     tokens: Tensor,
+    weights: Tensor,
     reduce: Reduce,
     *,
     vocab_size: int,
     given: dict[str, Tensor] | None = None,
-    chunk: int | None = None,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Projection | None = None,
-    teacher_logits: Tensor | None = None,
+    teacher_states: Tensor | None = None,
+    teacher_head: Head | None = None,
     probe: Probe | None = None,
-    num_chunks: int = 1,
-) -> dict[str, Tensor]:
-    """``reduce`` on every position, ``[N, H], [N] -> {name: [N]}``, both heads cut to ``vocab_size`` before any softmax.
+    chunk: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """sum_n weights_n loss_n of ``reduce``, and the sums of its other entries, which have no gradient.
 
-    The teacher comes as ``teacher_hidden`` with ``teacher_head``, as ``teacher_logits`` ``[N, V]``, or not at all. With ``probe``
-    the teacher's distribution is compared on the way (ValueError when it is not the teacher's own). The heads are always called,
-    never read: under ZeRO-3 that gathers their weights, and ranks must then call equally often, so ``num_chunks`` is the number
-    of chunks of the rank with the most positions; missing chunks run on a row that counts for nothing but stays connected.
+    ``hidden`` is ``[N, H]``, ``tokens`` and ``weights`` are ``[N]``; the loss is differentiable once, to ``hidden`` and to weight
+    and bias of ``head``. The teacher comes as its hidden states ``[N, H]`` with ``teacher_head``, as its logits ``[N, V]``
+    without, or not at all. With ``probe`` it is compared on the way: ValueError when it is not the teacher's own distribution.
     """
-    if (teacher_hidden is None) != (teacher_head is None) or (teacher_hidden is not None and teacher_logits is not None):
-        raise ValueError("per_token: give teacher_hidden with teacher_head, or teacher_logits, or neither")
-    teacher_states = teacher_hidden if teacher_hidden is not None else teacher_logits
-    if probe is not None and teacher_states is None:
-        raise ValueError("per_token: a probe needs teacher_hidden or teacher_logits to compare with")
+    gradients = _Gradients.of(hidden, head)
+    totals: dict[str, Tensor] = {}
+    rebuilt = _unwritten(tokens)
 
-    def reduce_chunk(
-        hidden: Tensor, states: Tensor | None, chosen: Tensor, given: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], Probe | None]:
-        student = torch.log_softmax(_cut(student_head(hidden), vocab_size), dim=-1)
-        if states is None:
-            return reduce(student, None, chosen, given), None
-        teacher, rebuilt = _teacher(states, teacher_head, chosen, vocab_size)
-        return reduce(student, teacher, chosen, given), rebuilt
+    def sums(product: Tensor, teacher: Tensor | None, at: slice) -> dict[str, Tensor]:
+        facts = {name: values[at] for name, values in (given or {}).items()}
+        values = reduce(torch.log_softmax(student.logits(product), dim=-1), teacher, tokens[at], facts)
+        values["loss"] = values["loss"] * weights[at].to(product.dtype)
+        return {name: value.sum() for name, value in values.items()}
 
-    reduced: list[dict[str, Tensor]] = []
-    rebuilt: list[Probe] = []
-    chunks = list(_chunks(len(tokens), chunk, vocab_size, num_chunks))
-    recomputed = partial(checkpoint, reduce_chunk, use_reentrant=False, preserve_rng_state=False)
-    run_chunk = reduce_chunk if len(chunks) == 1 else recomputed  # a single chunk is the bound: recomputing it would save nothing
-    for rows in chunks:
-        states = None if teacher_states is None else _rows(teacher_states, rows)
-        facts = {name: _rows(values, rows) for name, values in (given or {}).items()}
-        values, chunk_probe = run_chunk(_rows(student_hidden, rows), states, _rows(tokens, rows), facts)
-        reduced.append(values)
-        if chunk_probe is not None:
-            rebuilt.append(chunk_probe)
+    def take(rows: slice) -> None:
+        """A function, so that nothing of one chunk is alive in the next."""
+        states = hidden[rows].to(student.weight.dtype)
+        product = student.product(states)
+        teacher_product = None if teacher_states is None else _product_of(teacher_states[rows], guide)
+        for at in _slices(rows.start, rows.stop, _share(TILE_ELEMENTS, hidden, vocab_size)):
+            tile = slice(at.start - rows.start, at.stop - rows.start)
+            teacher = None
+            if teacher_product is not None:
+                teacher = _teacher(teacher_product[tile], guide, tokens[at], vocab_size, rebuilt.rows(at))
+            for name, value in _differentiate(product[tile], partial(sums, teacher=teacher, at=at), gradients.wanted).items():
+                totals[name] = totals.get(name, 0.0) + value
+        if gradients.wanted:
+            gradients.add(rows, product.to(states.dtype), states, student.weight)
+
+    with torch.no_grad():
+        student = _ready(head, vocab_size)
+        guide = None if teacher_head is None else _ready(teacher_head, vocab_size)
+        for rows in _slices(0, len(tokens), chunk or _share(CHUNK_ELEMENTS, hidden, vocab_size)):
+            take(rows)
     if probe is not None and teacher_states is not None:
-        _compare(probe, _join_probes(rebuilt, len(tokens)), teacher_states.dtype)
-    return {name: _join([values[name] for values in reduced], len(tokens)) for name in reduced[0]}
+        _compare(probe, rebuilt, teacher_states.dtype)
+    return _Differentiated.apply(totals.pop("loss"), gradients, hidden, head.weight, head.bias), totals
 
 
 @torch.no_grad()
-def teacher_probe(states: Tensor, head: Projection | None, tokens: Tensor, vocab_size: int, chunk: int | None = None) -> Probe:
+def teacher_probe(states: Tensor, head: Head | None, tokens: Tensor, vocab_size: int, chunk: int | None = None) -> Probe:
     """What ``Scores`` carries as its probe, from the teacher's hidden states ``[N, H]``, or from logits when ``head`` is None."""
-    chunks = _chunks(len(tokens), chunk, vocab_size, 1)
-    return _join_probes([_teacher(_rows(states, rows), head, _rows(tokens, rows), vocab_size)[1] for rows in chunks], len(tokens))
+    head = None if head is None else _ready(head, vocab_size)
+    probe = _unwritten(tokens)
+    for rows in _slices(0, len(tokens), chunk or _share(CHUNK_ELEMENTS, states, vocab_size)):
+        _teacher(_product_of(states[rows], head), head, tokens[rows], vocab_size, probe.rows(rows))
+    return probe
 
 
-def verify_scores(scores: Scores, head: Projection | None, tokens: Tensor, vocab_size: int, chunk: int | None = None) -> None:
-    """Raise ValueError, saying what is likely wrong, unless ``scores`` and ``head`` give back what the teacher computed itself.
+def _differentiate(product: Tensor, sums: Callable[[Tensor], dict[str, Tensor]], wanted: bool) -> dict[str, Tensor]:
+    """The sums of a tile, W h of which is overwritten by d loss / d (W h) where that is wanted."""
+    with torch.set_grad_enabled(wanted):
+        found = sums(product.requires_grad_(wanted))
+    if wanted:
+        product.copy_(torch.autograd.grad(found["loss"], product)[0])
+    return {name: value.detach() for name, value in found.items()}
 
-    ``per_token(probe=...)`` makes the same check at no extra cost.
-    """
-    states = scores.hidden if scores.hidden is not None else scores.logits
-    if states is None:
-        raise ValueError("the scores carry neither hidden states nor logits: there is no distribution to verify")
-    if not len(states) == len(tokens) == len(scores.log_normaliser) == len(scores.logprobs):
+
+class _Gradients(NamedTuple):
+    """Of what is learned, summed over the chunks in at least float32; None of what is not."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: Head) -> "_Gradients":
+        return cls(*(_zeros_if_learned(value) for value in (hidden, head.weight, head.bias)))
+
+    @property
+    def wanted(self) -> bool:
+        return any(gradient is not None for gradient in self)
+
+    def add(self, rows: slice, slope: Tensor, states: Tensor, weight: Tensor) -> None:
+        """A chunk's: ``slope`` is d loss / d (W h), ``[n, V]``."""
+        vocab_size = slope.shape[1]
+        if self.hidden is not None:
+            _add_product(self.hidden[rows], slope, weight)
+        if self.weight is not None:
+            _add_product(self.weight[:vocab_size], slope.T, states)
+        if self.bias is not None:
+            self.bias[:vocab_size] += slope.sum(0)
+
+
+class _Differentiated(torch.autograd.Function):
+    """The loss, whose gradients are known already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, gradients: _Gradients, *inputs: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        # Autograd casts each to its input's dtype, so that half-precision gradients are rounded once.
+        return None, None, *(None if gradient is None else gradient * upstream[0] for gradient in ctx.saved_tensors)
+
+
+def _zeros_if_learned(value: Tensor | None) -> Tensor | None:
+    if value is None or not (value.requires_grad and torch.is_grad_enabled()):
+        return None
+    return torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
+
+
+def _product_of(states: Tensor, head: Head | None) -> Tensor:
+    """The teacher's W h, or its logits where they are what was sent."""
+    return states if head is None else head.product(states)
+
+
+def _teacher(product: Tensor, head: Head | None, tokens: Tensor, vocab_size: int, probe: Probe) -> Tensor:
+    """The teacher's log-probs ``[n, V]``; the probe that they give is written down."""
+    if product.shape[1] < vocab_size:
         raise ValueError(
-            f"the scores have {len(states)} rows of states, {len(scores.log_normaliser)} normalisers and {len(scores.logprobs)}"
-            f" log-probs for {len(tokens)} response tokens: offsets and responses belong to different rollouts"
+            f"{product.shape[1]} logits for a vocabulary of {vocab_size}: model and tokenizer do not belong together"
         )
-    rebuilt = teacher_probe(states, None if scores.hidden is None else head, tokens, vocab_size, chunk)
-    _compare(Probe.of(scores), rebuilt, states.dtype)
-
-
-@torch.no_grad()
-def _teacher(states: Tensor, head: Projection | None, tokens: Tensor, vocab_size: int) -> tuple[Tensor, Probe]:
-    """The teacher's log-probs ``[n, V]``, and the probe they give."""
-    logits = _cut(states if head is None else head(states), vocab_size)
-    log_normaliser = logits.logsumexp(-1)
-    logprobs = logits - log_normaliser[:, None]
-    return logprobs, Probe(log_normaliser, gather(logprobs, tokens))
+    logits = promote(product[:, :vocab_size]) if head is None else head.logits(product)
+    logprobs = torch.log_softmax(logits, dim=-1)
+    probe.logprobs.copy_(gather(logprobs, tokens))
+    probe.log_normaliser.copy_(gather(logits, tokens) - probe.logprobs)
+    return logprobs
 
 
 def _compare(own: Probe, rebuilt: Probe, dtype: torch.dtype) -> None:
@@ -195,36 +255,38 @@ def _compare(own: Probe, rebuilt: Probe, dtype: torch.dtype) -> None:
     )
 
 
-def _cut(logits: Tensor, vocab_size: int) -> Tensor:
-    if logits.shape[-1] < vocab_size:
-        raise ValueError(
-            f"{logits.shape[-1]} logits for a vocabulary of {vocab_size}: model and tokenizer do not belong together"
-        )
-    return promote(logits[:, :vocab_size])
+def _ready(head: Head, vocab_size: int) -> Head:
+    """Cut to the true vocabulary; on a CPU, which multiplies no halves exactly, widened once for all chunks."""
+    head = head.cut(vocab_size)
+    return head if head.weight.is_cuda else replace(head, weight=promote(head.weight))
 
 
-def _chunks(num_rows: int, chunk: int | None, vocab_size: int, num_chunks: int) -> Iterator[slice]:
-    """Slices of at most ``chunk`` positions, at least one and at least ``num_chunks`` of them; those past the end are empty."""
-    size = max(1, CHUNK_ELEMENTS // vocab_size) if chunk is None else chunk
-    for index in range(max(-(-num_rows // size), num_chunks, 1)):
-        yield slice(min(index * size, num_rows), min((index + 1) * size, num_rows))
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """first @ second, in at least float32."""
+    if first.is_cuda and first.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(first, second, out_dtype=torch.float32)
+    return promote(first) @ promote(second)
 
 
-def _rows(values: Tensor, rows: slice) -> Tensor:
-    """The rows of a chunk; for an empty chunk one row of zeros, connected to the graph, so that backward visits every chunk."""
-    if rows.start == rows.stop:
-        return values.new_zeros((1, *values.shape[1:])) + values[:0].sum().to(values.dtype)
-    return values[rows]
+def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
+    """total += first @ second, without a temporary where the dtypes agree."""
+    if first.dtype == total.dtype:
+        total.addmm_(first, second)
+    else:
+        total += _product(first, second)
 
 
-def _join(parts: list[Tensor], num_rows: int) -> Tensor:
-    """The chunks end to end; rows of empty chunks, which come last, are dropped but stay in the graph with weight 0."""
-    joined = torch.cat(parts)
-    idle = joined[num_rows:]
-    if not len(idle):
-        return joined
-    return joined[:num_rows] + idle.masked_fill(torch.ones_like(idle, dtype=torch.bool), 0.0).sum()
+def _share(elements: dict[str, int], states: Tensor, vocab_size: int) -> int:
+    """Positions whose logits are so many elements."""
+    return max(1, elements[states.device.type] // vocab_size)
 
 
-def _join_probes(parts: list[Probe], num_rows: int) -> Probe:
-    return Probe(*(torch.cat(part)[:num_rows] for part in zip(*parts, strict=True)))
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    """At most ``size`` positions each; an empty one where there are none, so that every name gets its sum."""
+    for first in range(start, max(stop, start + 1), size):
+        yield slice(first, min(first + size, stop))
+
+
+def _unwritten(tokens: Tensor) -> Probe:
+    """To be filled in place: small tensors that outlive a tile would keep the memory of large ones from being used again."""
+    return Probe(*torch.empty(2, len(tokens), device=tokens.device).unbind())

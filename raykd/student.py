@@ -1,7 +1,7 @@
 """The student as the learner trains it: one module whose forward goes from token ids to the loss, never holding ``[N, V]``.
 
     input ids [B, S] -> body -> hidden [B, S, H] -> rows that predict response tokens [N, H]
-                     -> head and teacher, a chunk at a time -> {name: [N]} -> weighted sum: the loss
+                     -> head and teacher, a chunk at a time -> the loss, and the sum of every metric
 
 Everything differentiable happens inside this forward, so that ZeRO-3 gathers the weights, the head's too, where they are used.
 """
@@ -16,30 +16,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from raykd.algorithms.base import Algorithm
 from raykd.collate import MicroBatch
-from raykd.logprobs import promote
-from raykd.projection import Head, Probe, per_token
+from raykd.projection import Head, Probe, weighted_loss
 
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest accepted difference of the rebuilt logits, relative to the largest logit."""
 
 
-class _Float32Product(torch.autograd.Function):
-    """hidden @ weight.T of bfloat16 factors, float32 out. ``torch.mm`` with ``out_dtype`` has no derivative of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(hidden, weight)
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        hidden, weight = ctx.saved_tensors
-        grad = grads[0].to(weight.dtype)
-        return grad @ weight, grad.T @ hidden
-
-
 class StudentHead(nn.Module):
-    """The output head, reduced over the vocabulary.
+    """The output head and the loss on top of it.
 
     It owns the weight of the language-model head a second time: ZeRO-3 then gathers it once for all chunks, and ranks with
     different numbers of chunks still make the same collective calls.
@@ -50,38 +34,37 @@ class StudentHead(nn.Module):
         self.weight, self.bias = output.weight, output.bias
         self.scale, self.softcap = scale, softcap
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """``[n, H] -> [n, V]`` float32; a bfloat16 product is accumulated and kept in float32, as the teacher's is."""
-        half_on_gpu = hidden.is_cuda and self.weight.dtype is torch.bfloat16
-        logits = _Float32Product.apply(hidden, self.weight) if half_on_gpu else promote(hidden) @ promote(self.weight).T
-        logits = (logits if self.bias is None else logits + self.bias.to(logits.dtype)) * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+    def head(self) -> Head:
+        """As the teacher's is; valid while the weight is gathered."""
+        return Head(weight=self.weight, bias=self.bias, scale=self.scale, softcap=self.softcap)
 
     def forward(
         self,
         hidden: Tensor,
+        weights: Tensor,
         *,
         micro: MicroBatch,
         algorithm: Algorithm,
         given: dict[str, Tensor],
         teacher_head: Head | None,
         vocab_size: int,
-        chunk: int,
-    ) -> dict[str, Tensor]:
-        """[N, H] -> {name: [N]}; raises ValueError when the teacher's own log-probs cannot be rebuilt from its scores."""
-        needs_teacher = micro.teacher_hidden is not None or micro.teacher_logits is not None
-        return per_token(
+        chunk: int | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``[N, H], [N]`` to the weighted loss and the sum of every metric; ValueError when the teacher's own log-probs cannot be
+        rebuilt from its scores."""
+        teacher_states = micro.teacher_logits if micro.teacher_hidden is None else micro.teacher_hidden
+        return weighted_loss(
+            self.head(),
             hidden,
-            self.logits,
             micro.tokens,
+            weights,
             algorithm.per_token,
-            given=given,
             vocab_size=vocab_size,
-            chunk=chunk,
-            teacher_hidden=micro.teacher_hidden,
+            given=given,
+            teacher_states=teacher_states,
             teacher_head=None if micro.teacher_hidden is None else teacher_head,
-            teacher_logits=micro.teacher_logits,
-            probe=Probe(micro.log_normaliser, micro.logprobs) if needs_teacher else None,
+            probe=Probe(micro.log_normaliser, micro.logprobs),
+            chunk=chunk,
         )
 
 
@@ -98,7 +81,7 @@ class Student(nn.Module):
         *,
         dtype: torch.dtype,
         vocab_size: int,
-        chunk: int,
+        chunk: int | None,
         teacher_head: Head | None,
         activation_checkpointing: bool,
     ) -> None:
@@ -121,8 +104,9 @@ class Student(nn.Module):
         """This micro-batch's share of the loss and of every metric."""
         hidden_BSH = self.model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
         tokens_N = (micro.sequences, micro.slots)
-        values_N = self.output(
+        loss, sums = self.output(
             hidden_BSH[micro.sequences, micro.positions],
+            algorithm.token_weights(micro.batch)[tokens_N],
             micro=micro,
             algorithm=algorithm,
             given={name: values_BT[tokens_N] for name, values_BT in algorithm.per_sequence(micro.batch).items()},
@@ -130,10 +114,7 @@ class Student(nn.Module):
             vocab_size=self._vocab_size,
             chunk=self._chunk,
         )
-        loss_N = values_N.pop("loss")
-        weights_N = algorithm.token_weights(micro.batch)[tokens_N].to(loss_N.dtype)
-        metrics = {name: values.detach().sum() / max(1, micro.batch.totals.tokens) for name, values in values_N.items()}
-        return (loss_N * weights_N).sum(), metrics
+        return loss, {name: value / max(1, micro.batch.totals.tokens) for name, value in sums.items()}
 
     @contextmanager
     def saved_config(self) -> Iterator[None]:
@@ -149,7 +130,7 @@ class Student(nn.Module):
         """Refuse an architecture whose logits are more than body, linear head, scale and soft-cap."""
         ids = torch.arange(4)[None] % self.output.weight.shape[0]
         expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        rebuilt = self.output.logits(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+        rebuilt = self.output.head()(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
         error = float((rebuilt - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
         if not error <= HEAD_TOLERANCE[self.output.weight.dtype]:
             raise ValueError(

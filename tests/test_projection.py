@@ -1,113 +1,163 @@
-"""Chunked projection beside the same computation done whole, and the integrity check of teacher scores."""
+"""The chunked loss beside dense autograd, and the integrity check of teacher scores."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import cast
+from functools import partial
+from typing import Any, get_args
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from raykd.algorithms import GKD, SFT, MiniLLM
-from raykd.algorithms.base import Algorithm
-from raykd.projection import Head, Probe, per_token, teacher_probe, verify_scores
-from raykd.records import Scores
+from raykd import projection
+from raykd.algorithms import AKL, GKD, KD, OPD, SFT, Algorithm, DistiLLM, MiniLLM, Needs, SeqKD
+from raykd.algorithms.gkd import AnyDivergence
+from raykd.projection import Head, Probe, teacher_probe, weighted_loss
 
 N, H_STUDENT, H_TEACHER, V, PADDED = 11, 6, 8, 13, 16
+DIVERGENCES = [kind() for kind in get_args(get_args(AnyDivergence)[0])]
+OTHERS: list[Algorithm] = [
+    SFT(),
+    SeqKD(),
+    KD(data_weight=0.5),
+    GKD(reward_weight=0.3),
+    DistiLLM(),
+    AKL(),
+    AKL(boundary="prefix"),
+    MiniLLM(),
+    MiniLLM.paper(),
+    MiniLLM(single_step=False),
+    OPD(),
+]
+ALGORITHMS = [*(GKD(divergence=divergence) for divergence in DIVERGENCES), *OTHERS]
 
 
-class CountingHead(nn.Module):
-    """A student's output module of a padded vocabulary that records how many rows each call had."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(H_STUDENT, PADDED, bias=False)
-        self.rows: list[int] = []
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.rows.append(len(hidden))
-        return self.linear(hidden)
+def named(algorithm: Algorithm) -> str:
+    divergence = getattr(algorithm, "divergence", None)
+    return type(algorithm).__name__ if divergence is None else f"{type(algorithm).__name__}-{divergence.kind}"
 
 
-def inputs(num_rows: int = N, dtype: torch.dtype = torch.float32) -> tuple[CountingHead, Tensor, Tensor, Head, Tensor]:
-    """Student head, student hidden, tokens, teacher head, teacher hidden."""
-    torch.manual_seed(0)
-    head = CountingHead()
-    student_hidden = torch.randn(num_rows, H_STUDENT, requires_grad=True)
-    teacher_head = Head(weight=torch.randn(PADDED, H_TEACHER).to(dtype), bias=torch.randn(PADDED), scale=0.7, softcap=5.0)
-    return head, student_hidden, torch.randint(V, (num_rows,)), teacher_head, torch.randn(num_rows, H_TEACHER).to(dtype)
+class Case:
+    """N positions of a student and a teacher whose heads have a bias, a scale, a soft-cap and rows beyond the vocabulary."""
+
+    def __init__(self, num_rows: int = N, dtype: torch.dtype = torch.float64, *, plain: bool = False) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        extras: dict[str, Any] = {} if plain else {"bias": normal(PADDED).requires_grad_(), "scale": 0.7, "softcap": 5.0}
+        self.head = Head(weight=normal(PADDED, H_STUDENT).requires_grad_(), **extras)
+        self.hidden = normal(num_rows, H_STUDENT).requires_grad_()
+        self.teacher_head = Head(weight=normal(PADDED, H_TEACHER), bias=normal(PADDED), scale=0.7, softcap=5.0)
+        self.teacher_hidden = normal(num_rows, H_TEACHER)
+        self.tokens = torch.randint(V, (num_rows,), generator=generator)
+        self.weights = torch.rand(num_rows, generator=generator, dtype=torch.float64)
+        names = ("advantage", "behaviour", "sampled_reverse_kl", "teacher_logprob")
+        self.given = {name: normal(num_rows) for name in names}
+
+    @property
+    def learned(self) -> list[Tensor]:
+        return [value for value in (self.hidden, self.head.weight, self.head.bias) if value is not None]
+
+    def chunked(self, algorithm: Algorithm, **changes: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        teacher: dict[str, Any] = {"teacher_states": self.teacher_hidden, "teacher_head": self.teacher_head}
+        arguments = (teacher if algorithm.needs is Needs.DISTRIBUTION else {}) | changes
+        return weighted_loss(
+            self.head,
+            self.hidden,
+            self.tokens,
+            self.weights,
+            algorithm.per_token,
+            vocab_size=V,
+            given=self.given,
+            **arguments,
+        )
+
+    def dense(self, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
+        """Whole logits, differentiated by autograd."""
+        student, teacher = (
+            dense_logits(head, hidden).log_softmax(-1)
+            for head, hidden in ((self.head, self.hidden), (self.teacher_head, self.teacher_hidden))
+        )
+        values = algorithm.per_token(student, teacher, self.tokens, self.given)
+        loss = (values.pop("loss") * self.weights.to(student.dtype)).sum()
+        return loss, {name: value.detach().sum() for name, value in values.items()}
 
 
-def facts(num_rows: int = N) -> dict[str, Tensor]:
-    """What ``per_sequence`` of any algorithm here says of the tokens."""
-    generator = torch.Generator().manual_seed(3)
-    names = ("advantage", "behaviour", "sampled_reverse_kl")
-    return {name: torch.randn(num_rows, generator=generator) for name in names}
+def dense_logits(head: Head, hidden: Tensor) -> Tensor:
+    logits = hidden @ head.weight.T
+    logits = (logits if head.bias is None else logits + head.bias) * head.scale
+    return (logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap))[:, :V]
 
 
-def total(values: dict[str, Tensor]) -> Tensor:
-    differentiable = [value for value in values.values() if value.requires_grad]
-    return torch.stack([(value * torch.arange(1.0, len(value) + 1)).sum() for value in differentiable]).sum()
+def gradients(loss: Tensor, case: Case) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, case.learned)
 
 
-def gradients(loss: Tensor, head: CountingHead, hidden: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(loss, [head.linear.weight, hidden])
+@pytest.fixture(params=[1, 2, 1000], ids=lambda rows: f"tiles of {rows}")
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions that are reduced at a time."""
+    monkeypatch.setitem(projection.TILE_ELEMENTS, "cpu", request.param * V)
 
 
-@pytest.mark.parametrize("algorithm", [MiniLLM(), GKD(), SFT()])
-@pytest.mark.parametrize("chunk", [1, 3, 8, 11, 500, None])
-def test_any_chunk_size_equals_the_whole(algorithm: Algorithm, chunk: int | None) -> None:
-    head, hidden, tokens, teacher_head, teacher_hidden = inputs()
-    student = head.linear(hidden)[:, :V].log_softmax(-1)
-    teacher = teacher_head(teacher_hidden)[:, :V].log_softmax(-1)
-    expected = algorithm.per_token(student, teacher, tokens, facts())
-    got = per_token(
-        hidden,
-        head,
-        tokens,
-        algorithm.per_token,
-        vocab_size=V,
-        given=facts(),
-        chunk=chunk,
-        teacher_hidden=teacher_hidden,
-        teacher_head=teacher_head,
-    )
-    assert got.keys() == expected.keys()
-    for name in expected:
-        torch.testing.assert_close(got[name], expected[name])
-    for one, other in zip(gradients(total(got), head, hidden), gradients(total(expected), head, hidden), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("plain", [False, True], ids=["bias, scale and soft-cap", "plain"])
+@pytest.mark.usefixtures("tiles")
+def test_values_and_gradients_are_those_of_dense_autograd(
+    algorithm: Algorithm, dtype: torch.dtype, tolerance: float, plain: bool
+) -> None:
+    case = Case(dtype=dtype, plain=plain)
+    loss, sums = case.chunked(algorithm, chunk=4)
+    expected, expected_sums = case.dense(algorithm)
+    assert_close = partial(torch.testing.assert_close, atol=tolerance, rtol=tolerance)
+    assert_close(loss, expected)
+    assert sums.keys() == expected_sums.keys()
+    for name, value in sums.items():
+        assert not value.requires_grad
+        assert_close(value, expected_sums[name], msg=name)
+    for got, wanted in zip(gradients(3 * loss, case), gradients(3 * expected, case), strict=True):
+        assert_close(got, wanted)
 
 
-@pytest.mark.parametrize("algorithm", [MiniLLM(), GKD()])
+@pytest.mark.parametrize("algorithm", [MiniLLM(), GKD(), SFT()], ids=named)
+@pytest.mark.parametrize("chunk", [1, 3, 11, 500, None])
+@pytest.mark.usefixtures("tiles")
+def test_the_chunk_size_changes_nothing(algorithm: Algorithm, chunk: int | None) -> None:
+    case = Case()
+    for one, other in zip(*(gradients(case.chunked(algorithm, chunk=size)[0], case) for size in (chunk, 4)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+
+
+def test_the_gradient_is_that_of_finite_differences() -> None:
+    case = Case()
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        case.hidden, case.head = hidden, replace(case.head, weight=weight, bias=bias)
+        return case.chunked(GKD(), chunk=4)[0]
+
+    assert torch.autograd.gradcheck(loss, case.learned)
+
+
+@pytest.mark.parametrize("algorithm", [MiniLLM(), GKD()], ids=named)
 def test_hidden_states_and_logits_of_the_teacher_give_the_same(algorithm: Algorithm) -> None:
-    head, hidden, tokens, teacher_head, teacher_hidden = inputs()
-    logits = teacher_head(teacher_hidden)
-    one = per_token(
-        hidden,
-        head,
-        tokens,
-        algorithm.per_token,
-        vocab_size=V,
-        given=facts(),
-        chunk=4,
-        teacher_hidden=teacher_hidden,
-        teacher_head=teacher_head,
-    )
-    other = per_token(hidden, head, tokens, algorithm.per_token, vocab_size=V, given=facts(), chunk=5, teacher_logits=logits)
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=1e-5, rtol=0)
-    for a, b in zip(gradients(total(one), head, hidden), gradients(total(other), head, hidden), strict=True):
+    case = Case(dtype=torch.float32)
+    logits = case.teacher_head(case.teacher_hidden)
+    one, other = case.chunked(algorithm)[0], case.chunked(algorithm, teacher_states=logits, teacher_head=None)[0]
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    for a, b in zip(gradients(one, case), gradients(other, case), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_another_teacher_moves_the_gradient_and_its_padding_does_not() -> None:
-    head, hidden, tokens, _, _ = inputs()
-    logits = torch.randn(N, PADDED)
+    case = Case(dtype=torch.float32)
+    logits = torch.randn(N, PADDED, generator=torch.Generator().manual_seed(1))
     padded_elsewhere = torch.cat([logits[:, :V], torch.full((N, 9), 50.0)], -1)
     first, same, other = (
-        gradients(
-            total(per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, given=facts(), teacher_logits=t)), head, hidden
-        )[1]
+        gradients(case.chunked(GKD(), teacher_states=t, teacher_head=None)[0], case)[0]
         for t in (logits, padded_elsewhere, logits.flip(-1))
     )
     assert torch.equal(first, same)
@@ -115,98 +165,122 @@ def test_another_teacher_moves_the_gradient_and_its_padding_does_not() -> None:
 
 
 def test_rows_of_the_head_beyond_the_vocabulary_get_no_gradient() -> None:
-    head, hidden, tokens, _, _ = inputs()
-    weight_gradient, _ = gradients(
-        total(per_token(hidden, head, tokens, SFT().per_token, vocab_size=V, given=facts())), head, hidden
-    )
-    assert not weight_gradient[V:].any()
-    assert weight_gradient[:V].any()
+    case = Case()
+    for gradient in gradients(case.chunked(SFT())[0], case)[1:]:
+        assert len(gradient) == PADDED
+        assert not gradient[V:].any()
+        assert gradient[:V].all()
 
 
-def test_no_call_of_the_head_exceeds_a_chunk_and_backward_recomputes() -> None:
-    head, hidden, tokens, _, _ = inputs()
-    values = per_token(hidden, head, tokens, SFT().per_token, vocab_size=V, given=facts(), chunk=4)
-    assert head.rows == [4, 4, 3]
-    total(values).backward()
-    assert sorted(head.rows) == sorted([4, 4, 3] * 2)
+def test_a_head_tied_to_the_embeddings_gets_both_gradients() -> None:
+    case = Case(plain=True)
+
+    def gradient(loss_of: Callable[[Algorithm], tuple[Tensor, Any]]) -> Tensor:
+        case.hidden = case.head.weight[case.tokens.roll(1)] * 2
+        return torch.autograd.grad(loss_of(GKD())[0], case.head.weight)[0]
+
+    torch.testing.assert_close(gradient(case.chunked), gradient(case.dense))
 
 
-def test_a_single_chunk_is_not_computed_twice() -> None:
-    head, hidden, tokens, teacher_head, teacher_hidden = inputs()
-    values = per_token(
-        hidden,
-        head,
-        tokens,
-        GKD().per_token,
-        vocab_size=V,
-        given=facts(),
-        chunk=N,
-        teacher_hidden=teacher_hidden,
-        teacher_head=teacher_head,
-    )
-    total(values).backward()
-    assert head.rows == [N]
+def test_what_is_frozen_gets_no_gradient_and_costs_none() -> None:
+    case = Case(plain=True)
+    expected = gradients(case.chunked(GKD())[0], case)
+    case.head = replace(case.head, weight=case.head.weight.detach())
+    (got,) = torch.autograd.grad(case.chunked(GKD())[0], case.hidden)
+    torch.testing.assert_close(got, expected[0])
+    case.hidden = case.hidden.detach()
+    assert not case.chunked(GKD())[0].requires_grad
 
 
-def test_nothing_of_the_vocabulary_is_kept_for_backward() -> None:
-    """Between forward and backward of several chunks no tensor with a vocabulary axis is alive in the graph."""
-    head, hidden, tokens, teacher_head, teacher_hidden = inputs()
-    teacher = {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head}
-    saved: list[tuple[int, ...]] = []
+def test_nothing_is_differentiated_without_grad(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case()
+    expected, expected_sums = case.chunked(MiniLLM())
 
-    def remember(tensor: Tensor) -> Tensor:
-        saved.append(tuple(tensor.shape))
-        return tensor
+    def refuse(*_: object) -> None:
+        raise AssertionError("a backward product under no_grad")
 
-    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, given=facts(), chunk=N - 1, **teacher)
-    assert (N - 1, H_STUDENT) in saved
-    assert not [shape for shape in saved if shape[-1:] in ((V,), (PADDED,))]
+    monkeypatch.setattr(projection, "_add_product", refuse)
+    with torch.no_grad():
+        loss, sums = case.chunked(MiniLLM())
+    assert not loss.requires_grad
+    torch.testing.assert_close((loss, sums), (expected.detach(), expected_sums))
 
 
-@pytest.mark.parametrize("num_rows", [0, 2, 5])
-def test_missing_chunks_call_the_head_and_count_for_nothing(num_rows: int) -> None:
-    """A rank with fewer positions calls its head as often as the others, forward and backward."""
-    head, hidden, tokens, teacher_head, teacher_hidden = inputs(num_rows)
-    reduce = MiniLLM().per_token
-    teacher = {"teacher_hidden": teacher_hidden, "teacher_head": teacher_head}
-    probe = teacher_probe(teacher_hidden, teacher_head, tokens, V)
-    values = per_token(
-        hidden, head, tokens, reduce, vocab_size=V, given=facts(num_rows), chunk=2, num_chunks=4, probe=probe, **teacher
-    )
-    assert len(head.rows) == 4
-    assert all(value.shape == (num_rows,) for value in values.values())
-    idle_gradients = gradients(total(values), head, hidden)
-    assert len(head.rows) == 8
-    plain = per_token(hidden, head, tokens, reduce, vocab_size=V, given=facts(num_rows), chunk=2, **teacher)
-    for name in plain:
-        torch.testing.assert_close(values[name], plain[name])
-    for one, other in zip(idle_gradients, gradients(total(plain), head, hidden), strict=True):
-        torch.testing.assert_close(one, other)
-    if not num_rows:
-        assert not idle_gradients[0].any()
-        assert idle_gradients[1].shape == (0, H_STUDENT)
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
+def test_no_positions_give_zero_and_a_gradient_of_zeros(algorithm: Algorithm) -> None:
+    """A rank without work still backs through its head, as the collectives of ZeRO want it."""
+    case = Case(0)
+    loss, sums = case.chunked(algorithm, probe=Probe(torch.zeros(0), torch.zeros(0)))
+    assert sums.keys() == case.dense(algorithm)[1].keys()
+    assert float(loss.detach()) == 0
+    assert not any(value.any() for value in sums.values())
+    into_hidden, into_weight, _ = gradients(loss, case)
+    assert into_hidden.shape == (0, H_STUDENT)
+    assert into_weight.shape == (PADDED, H_STUDENT) and not into_weight.any()
 
 
-def test_student_head_in_bfloat16_is_reduced_in_float32() -> None:
-    head, hidden, tokens, _, _ = inputs()
-    values = per_token(hidden.bfloat16(), head.bfloat16(), tokens, SFT().per_token, vocab_size=V, given=facts())
-    assert values["nll"].dtype == torch.float32
+def test_a_loss_that_is_not_a_number_spoils_the_gradient() -> None:
+    case = Case()
+    loss, _ = case.chunked(GKD())
+    assert all(gradient.isnan().all() for gradient in gradients(loss * torch.nan, case))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    case = Case()
+    (gradient,) = torch.autograd.grad(case.chunked(GKD())[0].square(), case.hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_bfloat16_is_summed_in_float32_and_rounded_once() -> None:
+    """Many chunks give what one gives, and both what float32 gives, rounded."""
+    case, exact = Case(64, torch.bfloat16, plain=True), Case(64, torch.bfloat16, plain=True)
+    exact.head = replace(exact.head, weight=exact.head.weight.detach().float().requires_grad_())
+    exact.hidden = exact.hidden.detach().float().requires_grad_()
+    loss, sums = case.chunked(GKD(), chunk=1)
+    assert loss.dtype == sums["nll"].dtype == torch.float32
+    for got, wanted in zip(gradients(loss, case), gradients(exact.chunked(GKD())[0], exact), strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got, wanted.bfloat16(), atol=0, rtol=2**-8)
+
+
+class RowsOfTheVocabulary(TorchDispatchMode):
+    """How many rows the tensors [..., V] have that each operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.ndim == 2 and tensor.shape[1] == V:
+                name = func.overloadpacket.__name__
+                self.rows[name] = max(self.rows.get(name, 0), len(tensor))
+        return made
+
+
+def test_only_products_have_the_rows_of_a_chunk_and_nothing_has_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(projection.CHUNK_ELEMENTS, "cpu", 30 * V)
+    monkeypatch.setitem(projection.TILE_ELEMENTS, "cpu", 9 * V)
+    case = Case(100, plain=True)
+    with RowsOfTheVocabulary() as made:
+        case.chunked(GKD())[0].backward()
+    assert {name for name, rows in made.rows.items() if rows > 9} == {"mm"}
+    assert max(made.rows.values()) == 30
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("changes", "message"),
     [
-        ({"teacher_hidden": torch.zeros(N, H_TEACHER)}, "teacher_hidden with teacher_head"),
-        ({"teacher_head": Head(weight=torch.zeros(PADDED, H_TEACHER))}, "teacher_hidden with teacher_head"),
-        ({"probe": Probe(torch.zeros(N), torch.zeros(N))}, "probe needs"),
-        ({"teacher_logits": torch.zeros(N, V - 1)}, "12 logits for a vocabulary of 13"),
+        ({"teacher_states": torch.zeros(N, V - 1), "teacher_head": None}, "12 logits for a vocabulary of 13"),
+        ({"teacher_head": Head(weight=torch.zeros(V - 1, H_TEACHER))}, "12 rows but the tokenizer 13 tokens"),
+        ({"probe": Probe(torch.zeros(N - 1), torch.zeros(N - 1))}, "10 rows for 11 response tokens"),
     ],
 )
-def test_inconsistent_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
-    head, hidden, tokens, _, _ = inputs()
+def test_what_does_not_fit_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, given=facts(), **arguments)  # pyright: ignore[reportArgumentType]
+        Case().chunked(GKD(), **changes)
 
 
 def test_head_is_its_formula() -> None:
@@ -233,35 +307,25 @@ def test_cut_keeps_the_first_rows_without_a_copy() -> None:
         head.cut(PADDED + 1)
 
 
-def scores(head: Head, hidden: Tensor, tokens: Tensor) -> Scores:
-    probe = teacher_probe(hidden, head, tokens, V, chunk=3)
-    return Scores(offsets=(0, len(tokens)), log_normaliser=probe.log_normaliser, logprobs=probe.logprobs, hidden=hidden)
-
-
 def test_probe_is_the_log_normaliser_and_log_prob_over_the_true_vocabulary() -> None:
-    _, _, tokens, head, hidden = inputs()
-    logits = head(hidden)[:, :V]
-    normaliser, logprobs = teacher_probe(hidden, head, tokens, V, chunk=4)
+    case = Case(dtype=torch.float32)
+    logits = case.teacher_head(case.teacher_hidden)[:, :V]
+    normaliser, logprobs = teacher_probe(case.teacher_hidden, case.teacher_head, case.tokens, V, chunk=4)
     torch.testing.assert_close(normaliser, logits.logsumexp(-1))
-    torch.testing.assert_close(logprobs, -torch.nn.functional.cross_entropy(logits, tokens, reduction="none"))
-    torch.testing.assert_close(teacher_probe(logits, None, tokens, V), Probe(normaliser, logprobs))
+    torch.testing.assert_close(logprobs, -torch.nn.functional.cross_entropy(logits, case.tokens, reduction="none"))
+    torch.testing.assert_close(teacher_probe(logits, None, case.tokens, V), Probe(normaliser, logprobs))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.usefixtures("tiles")
 def test_true_scores_are_accepted(dtype: torch.dtype) -> None:
-    _, _, tokens, head, hidden = inputs(64, dtype)
-    head = replace(head, softcap=None)
-    honest = scores(head, hidden, tokens)
-    verify_scores(honest, head, tokens, V)
+    case = Case(64, dtype)
+    case.teacher_head = replace(case.teacher_head, softcap=None)
+    case.chunked(GKD(), probe=teacher_probe(case.teacher_hidden, case.teacher_head, case.tokens, V, chunk=3))
+    logits = case.teacher_head(case.teacher_hidden)
+    case.chunked(GKD(), teacher_states=logits, teacher_head=None, probe=teacher_probe(logits, None, case.tokens, V))
     # A teacher that rounds its own logits to the dtype it computes in is still recognised.
-    rounded = teacher_probe(head(hidden).to(dtype), None, tokens, V)
-    verify_scores(replace(honest, log_normaliser=rounded.log_normaliser, logprobs=rounded.logprobs), head, tokens, V)
-
-
-def test_no_rows_and_logits_are_accepted() -> None:
-    _, _, tokens, head, hidden = inputs()
-    verify_scores(scores(head, hidden[:0], tokens[:0]), head, tokens[:0], V)
-    verify_scores(replace(scores(head, hidden, tokens), hidden=None, logits=head(hidden)), None, tokens, V)
+    case.chunked(GKD(), probe=teacher_probe(logits.to(dtype), None, case.tokens, V))
 
 
 HEAD_CAUSE = "the head is not this teacher's"
@@ -280,14 +344,13 @@ HEAD_CAUSE = "the head is not this teacher's"
         ("tokens off by one", "off by one"),
         ("one damaged row", "damaged or stale"),
         ("overflow", "not finite"),
-        ("another rollout's length", "offsets"),
     ],
 )
 def test_every_defect_is_refused_with_its_likely_cause(defect: str, cause: str, dtype: torch.dtype) -> None:
-    _, _, tokens, head, hidden = inputs(64, dtype)
-    hidden = hidden * 2
-    honest = scores(head, hidden, tokens)
-    vocab_size = PADDED if defect == "padded vocabulary" else V
+    case = Case(64, dtype)
+    case.teacher_hidden = hidden = case.teacher_hidden * 3
+    head = case.teacher_head
+    probe = teacher_probe(hidden, head, case.tokens, PADDED if defect == "padded vocabulary" else V)
     heads = {
         "another head": replace(head, weight=head.weight.flip(0)),
         "missing bias": replace(head, bias=None),
@@ -303,17 +366,8 @@ def test_every_defect_is_refused_with_its_likely_cause(defect: str, cause: str, 
         "one damaged row": damaged,
         "overflow": overflowed,
     }
-    chosen = {"tokens off by one": tokens.roll(1), "another rollout's length": tokens[1:]}.get(defect, tokens)
-    sent = replace(honest, hidden=states.get(defect, hidden))
+    if defect == "tokens off by one":
+        case.tokens = case.tokens.roll(1)
+    sent = states.get(defect, hidden)
     with pytest.raises(ValueError, match=cause):
-        verify_scores(sent, heads.get(defect, head), chosen, vocab_size)
-
-
-def test_the_check_inside_the_chunks_finds_the_same() -> None:
-    head, hidden, tokens, teacher_head, teacher_hidden = inputs()
-    honest = scores(teacher_head, teacher_hidden, tokens)
-    teacher = {"teacher_hidden": cast(Tensor, honest.hidden), "teacher_head": teacher_head, "probe": Probe.of(honest)}
-    per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, given=facts(), chunk=4, **teacher)
-    teacher["teacher_head"] = replace(teacher_head, bias=None)
-    with pytest.raises(ValueError, match=HEAD_CAUSE):
-        per_token(hidden, head, tokens, GKD().per_token, vocab_size=V, given=facts(), chunk=4, **teacher)
+        case.chunked(GKD(), teacher_states=sent, teacher_head=heads.get(defect, head), probe=probe, chunk=5)

@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config
 
 from raykd.algorithms import SFT
@@ -58,13 +60,13 @@ def make_student(folder: str) -> Student:
     return Student(folder, dtype=torch.float32, vocab_size=VOCAB, chunk=4, teacher_head=None, activation_checkpointing=False)
 
 
-def sft_loss(student: Student, rows: list[Row], totals: Totals) -> float:
+def sft_loss(student: Student, rows: list[Row], totals: Totals) -> Tensor:
     micro = collate(rows, SFT(), totals, fetch=lambda block: block, teacher_head=None, vocab_size=VOCAB, pad_id=0)
-    return float(student(micro=micro, algorithm=SFT())[0].detach())
+    return student(micro=micro, algorithm=SFT())[0]
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_the_loss_is_that_of_the_models_own_logits_whatever_the_padding(tmp_path: Path, kind: str) -> None:
+def test_loss_and_gradient_are_those_of_the_models_own_logits_whatever_the_padding(tmp_path: Path, kind: str) -> None:
     folder = saved_model(tmp_path, kind, ARCHITECTURES[kind])
     student = make_student(folder)
     generator = torch.Generator().manual_seed(1)
@@ -72,13 +74,15 @@ def test_the_loss_is_that_of_the_models_own_logits_whatever_the_padding(tmp_path
     rows = [Row(rollout=Rollout(prompt_id="a", sample=0, prompt_tokens=x[:3], tokens=x[3:], source=Source.DATASET)) for x in ids]
     totals = Totals.of(rows)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    with torch.no_grad():
-        logprobs = [model(torch.tensor([x])).logits[0].log_softmax(-1) for x in ids]
-    nll = -sum(
-        float(row[position - 1, x[position]]) for row, x in zip(logprobs, ids, strict=True) for position in range(3, len(x))
-    )
-    assert sft_loss(student, rows, totals) == pytest.approx(nll / totals.tokens, abs=1e-5)
-    assert sum(sft_loss(student, [row], totals) for row in rows) == pytest.approx(nll / totals.tokens, abs=1e-5)
+    logits = torch.cat([model(torch.tensor([x])).logits[0, 2:-1] for x in ids])
+    expected = cross_entropy(logits, torch.tensor([token for x in ids for token in x[3:]]))
+    expected.backward()
+    assert sum(sft_loss(student, [row], totals).item() for row in rows) == pytest.approx(expected.item(), abs=1e-5)
+    loss = sft_loss(student, rows, totals)
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    loss.backward()
+    for (name, mine), theirs in zip(student.model.named_parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-5, msg=name)
 
 
 def test_an_architecture_that_does_more_to_its_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
