@@ -16,10 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from raykd.algorithms.base import Algorithm
 from raykd.collate import MicroBatch
-from raykd.projection import Head, Probe, weighted_loss
+from raykd.logprobs import gather
+from raykd.projection import Head, Probe, Reduce, weighted_loss
+from raykd.records import Batch
 
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
 """Largest accepted difference of the rebuilt logits, relative to the largest logit."""
+RECORDED = "recorded_logprob"
 
 
 class StudentHead(nn.Module):
@@ -58,7 +61,7 @@ class StudentHead(nn.Module):
             hidden,
             micro.tokens,
             weights,
-            algorithm.per_token,
+            with_mismatch(algorithm.per_token) if bool(micro.batch.by_student.any()) else algorithm.per_token,
             vocab_size=vocab_size,
             given=given,
             teacher_states=teacher_states,
@@ -104,12 +107,13 @@ class Student(nn.Module):
         """This micro-batch's share of the loss and of every metric."""
         hidden_BSH = self.model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
         tokens_N = (micro.sequences, micro.slots)
+        per_sequence = algorithm.per_sequence(micro.batch)
         loss, sums = self.output(
             hidden_BSH[micro.sequences, micro.positions],
             algorithm.token_weights(micro.batch)[tokens_N],
             micro=micro,
             algorithm=algorithm,
-            given={name: values_BT[tokens_N] for name, values_BT in algorithm.per_sequence(micro.batch).items()},
+            given={name: values_BT[tokens_N] for name, values_BT in (per_sequence | recorded_logprobs(micro.batch)).items()},
             teacher_head=self._teacher_head,
             vocab_size=self._vocab_size,
             chunk=self._chunk,
@@ -138,6 +142,23 @@ class Student(nn.Module):
                 f"with logit_scale, logits_scaling and final_logit_softcapping applied (relative error {error:.2g}); "
                 "teach raykd.student.logit_scale_and_softcap what this architecture does"
             )
+
+
+def recorded_logprobs(batch: Batch) -> dict[str, Tensor]:
+    """log q as the rollout engine recorded it, NaN where it did not; ``[B, T]``."""
+    return {RECORDED: batch.student_logprobs.masked_fill(~batch.by_student[:, None], torch.nan)}
+
+
+def with_mismatch(reduce: Reduce) -> Reduce:
+    """``reduce`` and one more metric: how far the learner's log-prob of a token is from the engine's. On the policy that wrote the
+    text it is the two programs' disagreement, later also what was learned since."""
+
+    def watched(student: Tensor, teacher: Tensor | None, tokens: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        recorded = given[RECORDED]
+        mismatch = torch.where(recorded.isnan(), 0.0, (gather(student.detach(), tokens) - recorded).abs())
+        return reduce(student, teacher, tokens, given) | {"logprob_mismatch": mismatch}
+
+    return watched
 
 
 def dropout_rates(config: PreTrainedConfig) -> dict[str, Any]:

@@ -126,6 +126,7 @@ def test_each_method_logs_what_is_its_own(finished: Finished) -> None:
 def test_responses_written_ahead_are_as_old_as_allowed_and_weighed_by_it(finished: Finished) -> None:
     ahead = steps(finished)[12 : 12 + AHEAD_STEPS]
     assert [line["staleness"] for line in ahead] == [0, 1, 2, 2, 2]
+    assert ahead[0]["logprob_mismatch"] < 1e-4 < 1e-3 < ahead[-1]["logprob_mismatch"]
     assert ahead[0]["importance_weight"] == pytest.approx(1.0, abs=1e-3)
     assert abs(ahead[-1]["importance_weight"] - 1.0) > 1e-3
 
