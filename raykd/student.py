@@ -150,8 +150,8 @@ def recorded_logprobs(batch: Batch) -> dict[str, Tensor]:
 
 
 def with_mismatch(reduce: Reduce) -> Reduce:
-    """``reduce`` and one more metric: how far a token's log-prob on the learner is from the engine's. On the policy that wrote the
-    text it is the two programs' disagreement, later also what was learned since."""
+    """``reduce`` and one more metric: how far a token's log-prob on the learner is from the engine's. On the policy that wrote
+    the text it is the two programs' disagreement, later also what was learned since."""
 
     def watched(student: Tensor, teacher: Tensor | None, tokens: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
         recorded = given[RECORDED]
