@@ -2,15 +2,17 @@
 
 import asyncio
 import inspect
-import itertools
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from raykd.algorithms.base import Needs
 from raykd.experiment import EngineConfig, LearnerConfig, Optimiser, RewardConfig, TeacherConfig
@@ -88,9 +90,13 @@ class TeacherActor(_Replica):
         reference = ray.put(scores) if needs is Needs.DISTRIBUTION else None
         return reference, [tuple(scores.row(index).logprobs.tolist()) for index in range(len(rollouts))]
 
-    async def complete(self, tokens: Sequence[int], max_tokens: int, seed: int) -> Any:
+    async def complete(self, text: Sequence[int], max_tokens: int, seed: int, session: str) -> Any:
         assert self._engine is not None, "no stage mixes teacher tokens in"
-        return await self._engine.complete(tokens, max_tokens, seed)
+        return await self._engine.complete(text, max_tokens, seed, session=session)
+
+    async def forget(self, session: str) -> None:
+        if self._engine is not None:
+            await self._engine.forget(session)
 
     async def head(self) -> list[ray.ObjectRef]:
         """One reference: to the frozen copy of the head that every learner rank holds."""
@@ -110,13 +116,31 @@ class RewardActor(_Replica):
 
 
 class RemoteWriter:
-    """The teacher engines as one writer: calls go round the replicas."""
+    """The teacher engines as one writer: a session stays with the engine that keeps its text, for as long as that lives."""
 
     def __init__(self, handles: Sequence[ActorHandle]) -> None:
-        self._handles: Iterator[Any] = itertools.cycle(handles)
+        self._handles: deque[Any] = deque(handles)
+        self._sessions: dict[str, Any] = {}
 
-    async def complete(self, tokens: Sequence[int], max_tokens: int, seed: int) -> Any:
-        return await next(self._handles).complete.remote(tokens, max_tokens, seed)
+    async def complete(self, text: Sequence[int], max_tokens: int, seed: int, *, session: str) -> Any:
+        while True:
+            if (handle := self._sessions.get(session)) is None:
+                self._handles.rotate()
+                handle = self._sessions[session] = self._handles[0]
+            try:
+                return await handle.complete.remote(text, max_tokens, seed, session)
+            except ActorUnavailableError:  # it is being restarted
+                await asyncio.sleep(1.0)
+            except ActorDiedError:
+                if self._handles == deque([handle]):
+                    raise
+                with suppress(ValueError):  # another session may have found out first
+                    self._handles.remove(handle)
+            del self._sessions[session]  # any engine can go on: every call brings the whole text
+
+    async def forget(self, session: str) -> None:
+        if (handle := self._sessions.pop(session, None)) is not None:
+            handle.forget.remote(session)
 
 
 class LearnerActor:

@@ -1,9 +1,11 @@
 import asyncio
 from collections import Counter
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
+from ray.exceptions import ActorDiedError
 from rollout_stack import (
     STORIES,
     TINY_EOS,
@@ -16,14 +18,21 @@ from rollout_stack import (
     worker,
 )
 
+from raykd.actors import RemoteWriter
 from raykd.records import Source
 from raykd.rollout.mixing import mixed_response
-from raykd.rollout.requests import Completion, GenerationRequest, derive_seed
+from raykd.rollout.requests import GenerationRequest, derive_seed
+from raykd.rollout.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("data")]
 
 SHARE = 0.3
+RESPONSES = 4_400
 PROMPT = (1, 4, 2)
+
+
+def requests(count: int, prompt: tuple[int, ...] = PROMPT) -> list[GenerationRequest]:
+    return [GenerationRequest(prompt_id="p", sample=i, prompt_tokens=prompt, salt=0) for i in range(count)]
 
 
 @cache
@@ -54,38 +63,68 @@ def p_value(parts: list[tuple[float, int]]) -> float:
 
 
 @pytest.fixture(scope="module")
-def pairs() -> list[tuple[int, ...]]:
-    """The first two tokens of many mixed responses."""
+def responses() -> list[tuple[int, ...]]:
+    """Many mixed responses, over 100,000 tokens together."""
 
-    async def sample() -> list[Completion]:
-        student, teacher = worker(folder("tiny-q")).engine, worker(folder("tiny-p")).engine
-        return await asyncio.gather(*(mixed_response(PROMPT, student, teacher, SHARE, 2, seed) for seed in range(11_000)))
-
-    responses = [response.tokens for response in wait(sample())]
-    assert sum(map(len, responses)) >= 20_000
-    return responses
+    student, teacher = worker(folder("tiny-q")), worker(folder("tiny-p")).engine
+    drawn = [rollout.tokens for rollout in wait(student.generate(requests(RESPONSES), SHARE, 60, teacher))]
+    assert sum(map(len, drawn)) >= 100_000
+    return drawn
 
 
-def test_the_first_token_follows_the_mixture(pairs):
-    first = Counter(tokens[0] for tokens in pairs)
+@pytest.fixture(scope="module")
+def laws(responses) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The tokens of all responses, and what teacher and student give each possible token at their places; [N], [N, V], [N, V]."""
+    ids = torch.full((len(responses), len(PROMPT) + 60), TINY_EOS)
+    written = torch.zeros_like(ids, dtype=torch.bool)
+    for row, tokens in enumerate(responses):
+        ids[row, : len(PROMPT) + len(tokens)] = torch.tensor([*PROMPT, *tokens])
+        written[row, len(PROMPT) : len(PROMPT) + len(tokens)] = True
+    with torch.no_grad():
+        p, q = (
+            torch.cat([reference(folder(name))(part).logits[:, :-1, :TINY_VOCABULARY] for part in ids.split(1000)]).softmax(-1)
+            for name in ("tiny-p", "tiny-q")
+        )
+    return ids[written], p[written[:, 1:]].double(), q[written[:, 1:]].double()
+
+
+def test_the_first_token_follows_the_mixture(responses):
+    first = Counter(tokens[0] for tokens in responses)
     assert p_value([chi_squared(first, mixture(PROMPT, SHARE))]) > 1e-4
-    for wrong in (0.0, SHARE - 0.1, SHARE + 0.1, 1.0):
+    for wrong in (0.0, SHARE - 0.2, SHARE + 0.2, 1.0):
         assert p_value([chi_squared(first, mixture(PROMPT, wrong))]) < 1e-4, "the test has no power"
 
 
-def test_the_second_token_follows_the_mixture_given_the_first(pairs):
-    assert all(len(tokens) == 1 for tokens in pairs if tokens[0] == TINY_EOS)
+def test_the_second_token_follows_the_mixture_given_the_first(responses):
+    assert all(len(tokens) == 1 for tokens in responses if tokens[0] == TINY_EOS)
     firsts = [token for token in range(TINY_VOCABULARY) if token != TINY_EOS]
-    second = {first: Counter(tokens[1] for tokens in pairs if tokens[0] == first) for first in firsts}
-    for share, follows in ((SHARE, True), (0.0, False), (SHARE - 0.1, False), (SHARE + 0.1, False), (1.0, False)):
+    second = {first: Counter(tokens[1] for tokens in responses if tokens[0] == first) for first in firsts}
+    for share, follows in ((SHARE, True), (0.0, False), (SHARE - 0.2, False), (SHARE + 0.2, False), (1.0, False)):
         parts = [chi_squared(counts, mixture((*PROMPT, first), share)) for first, counts in second.items()]
         assert (p_value(parts) > 1e-4) is follows
 
 
+def test_every_token_follows_the_mixture_given_all_tokens_before_it(laws):
+    """The probability integral transform of each token under its law is uniform, and independent of the others'.
+
+    The cumulative distribution goes through the vocabulary by p / q, so that a wrong share shows where it differs most.
+    """
+    tokens, p, q = laws
+    order = (p / q).argsort(-1)
+    rank = (order == tokens[:, None]).int().argmax(-1, keepdim=True)
+    within = torch.rand(len(tokens), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for share, follows in ((SHARE, True), (SHARE - 0.03, False), (SHARE + 0.03, False)):
+        law = (share * p + (1 - share) * q).gather(-1, order)
+        uniform = (law.cumsum(-1) - law).gather(-1, rank)[:, 0] + within * law.gather(-1, rank)[:, 0]
+        observed = torch.histc(uniform, bins=100, min=0, max=1)
+        expected = len(tokens) / 100
+        statistic = ((observed - expected) ** 2 / expected).sum().item()
+        assert (p_value([(statistic, 99)]) > 1e-4) is follows, share
+
+
 @pytest.mark.parametrize(("share", "source"), [(0.0, Source.STUDENT), (0.2, Source.MIXED), (1.0, Source.TEACHER)])
 def test_student_logprobs_of_every_token_are_those_of_hugging_face(share, source):
-    requests = [GenerationRequest(prompt_id="p", sample=i, prompt_tokens=(1, 403, 407), salt=0) for i in range(8)]
-    for rollout in wait(worker(STORIES).generate(requests, share, 60, worker(folder("teacher")).engine)):
+    for rollout in wait(worker(STORIES).generate(requests(8, prompt=(1, 403, 407)), share, 60, worker(folder("teacher")).engine)):
         expected = chosen_logprobs(reference(STORIES), [1, 403, 407, *rollout.tokens], 3)
         torch.testing.assert_close(torch.tensor(rollout.student_logprobs), expected, atol=1e-4, rtol=0)
         assert (rollout.source, rollout.teacher_share, rollout.version) == (source, share, 0)
@@ -99,9 +138,8 @@ def test_shares_zero_and_one_are_the_student_and_the_teacher_alone():
 
 
 def test_a_response_ends_at_eos_whoever_writes_it_and_a_cut_one_is_unfinished():
-    requests = [GenerationRequest(prompt_id="p", sample=i, prompt_tokens=PROMPT, salt=0) for i in range(100)]
     for share in (0.0, 0.5, 1.0):
-        rollouts = wait(worker(folder("tiny-q")).generate(requests, share, 12, worker(folder("tiny-p")).engine))
+        rollouts = wait(worker(folder("tiny-q")).generate(requests(100), share, 12, worker(folder("tiny-p")).engine))
         assert {rollout.finished for rollout in rollouts} == {True, False}
         for rollout in rollouts:
             assert TINY_EOS not in rollout.tokens[:-1]
@@ -109,13 +147,100 @@ def test_a_response_ends_at_eos_whoever_writes_it_and_a_cut_one_is_unfinished():
             assert rollout.finished or len(rollout.tokens) == 12
 
 
+class Forgetful:
+    """An engine that has lost every text by the next call, as a replica that died and came back."""
+
+    def __init__(self, engine: VllmEngine) -> None:
+        self._engine = engine
+
+    async def complete(self, text, max_tokens, seed, *, session, score_from=None):
+        await self._engine.forget(session)
+        return await self._engine.complete(text, max_tokens, seed, session=session, score_from=score_from)
+
+    async def forget(self, session):
+        await self._engine.forget(session)
+
+
+def test_a_response_does_not_depend_on_what_its_engines_remember():
+    student, teacher = worker(STORIES).engine, worker(folder("teacher")).engine
+
+    async def write(student, teacher):
+        return await asyncio.gather(*(mixed_response((1, 403, 407), student, teacher, 0.4, 50, seed) for seed in range(8)))
+
+    remembered, forgotten = wait(write(student, teacher)), wait(write(Forgetful(student), Forgetful(teacher)))
+    assert [response.tokens for response in remembered] == [response.tokens for response in forgotten]
+    for one, other in zip(remembered, forgotten, strict=True):
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(other.logprobs), atol=1e-4, rtol=0)
+
+
+def test_no_text_stays_behind():
+    student, teacher = worker(folder("tiny-q")), worker(folder("tiny-p"))
+
+    async def abandon():
+        writing = asyncio.ensure_future(student.generate(requests(100), 0.5, 60, teacher.engine))
+        await asyncio.sleep(0.2)
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+
+    wait(abandon())
+    assert len(wait(student.generate(requests(100), 0.5, 60, teacher.engine))) == 100
+    for engine in (student.engine, teacher.engine):
+        assert wait(engine.inspect(lambda vllm: vllm.get_num_unfinished_requests())) == 0
+
+
+def test_more_texts_than_an_engine_has_room_for_are_written_all_the_same():
+    student, teacher = worker(folder("tiny-q")).engine, worker(folder("tiny-p")).engine
+    room = wait(teacher.inspect(lambda vllm: vllm.vllm_config.scheduler_config.max_num_seqs))
+
+    async def write():
+        return await asyncio.gather(*(mixed_response(PROMPT, student, teacher, 0.5, 12, seed) for seed in range(room + 40)))
+
+    together = wait(write())
+    for seed in (0, room + 39):
+        assert together[seed] == wait(mixed_response(PROMPT, student, teacher, 0.5, 12, seed))
+
+
+class Replica:
+    """What a writer sees of an actor; ``fate`` is raised once ``calls`` calls are answered."""
+
+    def __init__(self, engine: VllmEngine, fate: Exception | None = None, calls: int = 0) -> None:
+        self._engine, self._fate, self._left = engine, fate, calls
+        self.complete, self.forget = SimpleNamespace(remote=self._complete), SimpleNamespace(remote=self._forget)
+
+    async def _complete(self, text, max_tokens, seed, session):
+        self._left -= 1
+        if self._fate is not None and self._left < 0:
+            raise self._fate
+        return await self._engine.complete(text, max_tokens, seed, session=session)
+
+    def _forget(self, session):
+        return asyncio.ensure_future(self._engine.forget(session))
+
+
+def test_a_teacher_that_dies_in_the_middle_of_a_response_is_replaced_by_another():
+    student, engine = worker(STORIES).engine, worker(folder("teacher")).engine
+
+    async def write(handles):
+        teacher = RemoteWriter(handles)
+        writing = (mixed_response((1, 403, 407), student, teacher, 0.4, 50, seed) for seed in range(8))
+        return [response.tokens for response in await asyncio.gather(*writing)]
+
+    expected = wait(write([Replica(engine)]))
+    died = ActorDiedError()
+    assert wait(write([Replica(engine, died, calls=20), Replica(engine), Replica(engine, died, calls=1)])) == expected
+    with pytest.raises(ActorDiedError):
+        wait(write([Replica(engine, died, calls=9)]))
+
+
 def test_an_error_of_the_teacher_is_an_error_of_the_call():
     class Gone:
-        async def complete(self, tokens, max_tokens, seed):
+        async def complete(self, text, max_tokens, seed, *, session):
             raise ConnectionError("the teacher is gone")
 
-    requests = [GenerationRequest(prompt_id="p", sample=i, prompt_tokens=PROMPT, salt=0) for i in range(4)]
+        async def forget(self, session):
+            pass
+
     student = worker(folder("tiny-q"))
     with pytest.raises(ConnectionError, match="teacher is gone"):
-        wait(student.generate(requests, 0.5, 12, Gone()))
-    assert len(wait(student.generate(requests, 0.0, 12))) == 4
+        wait(student.generate(requests(4), 0.5, 12, Gone()))
+    assert len(wait(student.generate(requests(4), 0.0, 12))) == 4

@@ -20,7 +20,7 @@ from rollout_stack import (
 
 from raykd.records import Source
 from raykd.rollout.requests import GenerationRequest, derive_seed
-from raykd.rollout.vllm_engine import CPU_STEP_TOKENS, VllmEngine
+from raykd.rollout.vllm_engine import VllmEngine
 from raykd.weights import WeightUpdate
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("data")]
@@ -77,8 +77,9 @@ def test_greedy_tokens_are_those_of_hugging_face():
 @pytest.mark.parametrize("start", [1, 3, 200, 254, 255])
 def test_a_text_of_full_length_is_scored_from_any_position(start):
     tokens = torch.randint(3, 512, (256,), generator=torch.Generator().manual_seed(0)).tolist()
-    scores = wait(worker(STORIES).engine.score(tokens, start))
-    torch.testing.assert_close(torch.tensor(scores), chosen_logprobs(reference(STORIES), tokens, start), atol=1e-4, rtol=0)
+    scored = wait(worker(STORIES).engine.complete(tokens, 0, seed=0, session="scored", score_from=start)).scored
+    torch.testing.assert_close(torch.tensor(scored), chosen_logprobs(reference(STORIES), tokens, start), atol=1e-4, rtol=0)
+    wait(worker(STORIES).engine.forget("scored"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
@@ -92,16 +93,31 @@ def test_a_response_depends_on_its_own_seed_and_not_on_its_batch(share):
     assert [r.tokens for r in wait(student.generate(requests(salt=1), share, 40, teacher))] != [r.tokens for r in together]
 
 
-def test_more_prompt_tokens_than_one_step_takes_are_written_with_their_own_seeds():
-    """vLLM would prefill one of these prompts in two pieces, and then fail to rewind its seeded generator on CPU."""
+def test_more_prompt_tokens_than_one_step_takes_are_written_as_if_alone():
     engine = worker(STORIES).engine
-    long = tuple(range(3, 203))
-    together = [engine.complete(long[index % 7 :], 2, seed=index) for index in range(CPU_STEP_TOKENS // 190 + 8)]
+    long, step = tuple(range(3, 203)), wait(engine.inspect(lambda vllm: vllm.vllm_config.scheduler_config.max_num_batched_tokens))
 
     async def all_at_once():
-        return await asyncio.gather(*together)
+        return await asyncio.gather(*(engine.complete(long[seed % 7 :], 2, seed) for seed in range(step // 190 + 8)))
 
-    assert all(len(completion.tokens) <= 2 for completion in wait(all_at_once()))
+    together = wait(all_at_once())
+    for seed in (0, len(together) - 1):
+        assert together[seed].tokens == wait(engine.complete(long[seed % 7 :], 2, seed)).tokens
+
+
+def test_tokens_are_drawn_from_the_whole_softmax():
+    from raykd.rollout.cpu_sampler import BLOCK, draw_  # needs vLLM, which only some tests start
+
+    for vocab_size in (BLOCK - 7, 2 * BLOCK, 3 * BLOCK + 5):
+        logits = 3 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
+        logits[[7, -1]] = -torch.inf
+        law = logits.double().softmax(-1)
+        middles = law.cumsum(-1) - law / 2
+        likely = law > 1e-6
+        drawn = draw_(logits.repeat(int(likely.sum()), 1), middles[likely])
+        assert drawn.tolist() == likely.nonzero()[:, 0].tolist()
+        ends = draw_(logits.repeat(2, 1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+        assert (law[ends] > 0).all()
 
 
 def test_seeds_are_the_same_in_every_process():
@@ -185,7 +201,7 @@ def test_what_cannot_be_answered_is_refused_with_a_remedy():
     with pytest.raises(ValueError, match=r"within \[0, 512\)"):
         wait(engine.complete([1, 512], 10, seed=0))
     with pytest.raises(ValueError, match="token before it"):
-        wait(engine.score([1, 2], 0))
+        wait(engine.complete([1, 2], 0, seed=0, session="scored", score_from=0))
     with pytest.raises(ValueError, match="no teacher was given"):
         wait(worker(STORIES).generate(requests(), 0.2, 10))
     with pytest.raises(ValueError, match="more than the 512 rows"):

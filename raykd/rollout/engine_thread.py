@@ -8,8 +8,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from raykd.rollout.sessions import Piece, Sessions, Written
+
 if TYPE_CHECKING:
-    from vllm import LLMEngine, RequestOutput, SamplingParams
+    from vllm import LLMEngine
 
 # vLLM keeps the context of a forward pass in a module global: two engines of one process must not step at once.
 _STEPPING = threading.Lock()
@@ -17,15 +19,17 @@ _STEPPING = threading.Lock()
 
 @dataclass
 class _Request:
-    tokens: list[int]
-    params: "SamplingParams"
-    future: "Future[RequestOutput]" = field(default_factory=Future)
+    text: list[int]
+    pieces: list[Piece]
+    session: str | None
+    future: "Future[Written]" = field(default_factory=Future)
 
 
 @dataclass
 class _Call:
     function: "Callable[[LLMEngine], Any]"
     fatal: bool
+    exclusive: bool = True
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -44,14 +48,19 @@ class EngineThread:
         self._thread.start()
         ready.result()
 
-    def submit(self, tokens: list[int], params: "SamplingParams") -> "Future[RequestOutput]":
-        """Queue a request; cancelling the future aborts it."""
-        return self._put(_Request(tokens, params))
+    def submit(self, text: list[int], pieces: list[Piece], session: str | None = None) -> Future[Written]:
+        """Queue a request, several pieces of it for a session; cancelling the future aborts it, and ends the session."""
+        assert session is not None or len(pieces) == 1, "only a session has several pieces"
+        return self._put(_Request(text, pieces, session))
+
+    def end_session(self, name: str) -> Future[None]:
+        """Forget a resident text."""
+        return self._put(_Call(lambda _: self._drop(name), fatal=False, exclusive=False))
 
     def exclusive(self, function: "Callable[[LLMEngine], Any]", *, fatal: bool = False) -> Future[Any]:
         """Run a function once the requests queued before it are answered and before those queued after it begin.
 
-        ``fatal``: an error in it leaves the engine unusable.
+        No text is resident then. ``fatal``: an error in it leaves the engine unusable.
         """
         return self._put(_Call(function, fatal))
 
@@ -71,6 +80,7 @@ class EngineThread:
         try:
             with _STEPPING:
                 engine = build()
+                self._sessions = Sessions(engine)
         except BaseException as error:
             ready.set_exception(error)
             return
@@ -100,22 +110,24 @@ class EngineThread:
             self._backlog.append(item)
 
     def _admit(self, engine: "LLMEngine") -> None:
-        aborted = [name for name, request in self._running.items() if request.future.cancelled()]
-        engine.abort_request(aborted)
-        for name in aborted:
-            del self._running[name]
+        for name in [name for name, request in self._running.items() if request.future.cancelled()]:
+            session = self._running.pop(name).session
+            engine.abort_request([name]) if session is None else self._sessions.end(session)
         while self._backlog:
             item = self._backlog[0]
-            if isinstance(item, _Call) and self._running:
-                return
+            if isinstance(item, _Call) and item.exclusive and self._running:
+                break
             self._backlog.popleft()
             if isinstance(item, _Call):
                 self._call(engine, item)
             elif not item.future.cancelled():
                 self._begin(engine, item)
+        self._sessions.make_room(len(self._running))
 
     def _call(self, engine: "LLMEngine", call: _Call) -> None:
         try:
+            if call.exclusive:
+                self._sessions.end_all()
             result = call.function(engine)
         except Exception as error:
             _answer(call.future, error)
@@ -125,19 +137,34 @@ class EngineThread:
             _answer(call.future, result)
 
     def _begin(self, engine: "LLMEngine", request: _Request) -> None:
-        self._num_requests += 1
-        prompt: Any = {"type": "token", "prompt_token_ids": request.tokens}
         try:
-            engine.add_request(str(self._num_requests), prompt, request.params)
+            if request.session is not None:
+                if not self._sessions.rests(request.session):
+                    self._drop(request.session)  # its caller has given up a call that is still under way
+                name = self._sessions.resume(request.session, request.text, request.pieces)
+            else:
+                self._num_requests += 1
+                prompt: Any = {"type": "token", "prompt_token_ids": request.text}
+                name = str(self._num_requests)
+                engine.add_request(name, prompt, request.pieces[0][1])
         except ValueError as error:  # this request is at fault, not the engine
+            if request.session is not None:
+                self._sessions.end(request.session)
             _answer(request.future, error)
         else:
-            self._running[str(self._num_requests)] = request
+            self._running[name] = request
+
+    def _drop(self, session: str) -> None:
+        name = self._sessions.end(session)
+        if (request := self._running.pop(name, None)) is not None:
+            request.future.cancel()
 
     def _deliver(self, outputs: Sequence[Any]) -> None:
         for output in outputs:
-            if output.finished:
-                _answer(self._running.pop(output.request_id).future, output)
+            session = self._running[output.request_id].session
+            written = Written.of(output) if session is None else self._sessions.finish_piece(session, output)
+            if written is not None:
+                _answer(self._running.pop(output.request_id).future, written)
 
     def _fail(self, error: BaseException) -> None:
         with self._closing:

@@ -1,8 +1,10 @@
 """Teacher-mixed sampling (MiniLLM, arXiv 2306.08543, section 2.2) with two engines and no logits between them."""
 
+import asyncio
 import random
 from collections.abc import Sequence
 from itertools import groupby
+from uuid import uuid4
 
 from raykd.rollout.requests import Completion, ScoringWriter, Writer, derive_seed
 
@@ -22,22 +24,21 @@ async def mixed_response(
     # the remaining coins unused.
     coins = random.Random(derive_seed(seed, "coins"))
     teacher_writes = [coins.random() < teacher_share for _ in range(max_tokens)]
-    tokens: list[int] = []
-    logprobs: list[float] = []
-    by_teacher: list[int] = []
-    finished = False
-    for is_teacher, run in groupby(teacher_writes):
-        writer = teacher if is_teacher else student
-        part = await writer.complete([*prompt, *tokens], len(list(run)), derive_seed(seed, len(tokens)))
-        if is_teacher:
-            by_teacher.extend(range(len(tokens), len(tokens) + len(part.tokens)))
-        tokens.extend(part.tokens)
-        logprobs.extend(part.logprobs)
-        finished = part.finished
-        if finished:
-            break
-    if by_teacher:
-        scored = await student.score([*prompt, *tokens], len(prompt) + by_teacher[0])
-        for position in by_teacher:
-            logprobs[position] = scored[position - by_teacher[0]]
-    return Completion(tuple(tokens), tuple(logprobs), finished)
+    session = uuid4().hex  # both engines keep the text at hand: each computes every token once
+    text, logprobs, finished = list(prompt), [], False
+    try:
+        for is_teacher, run in groupby(teacher_writes):
+            length, run_seed = len(list(run)), derive_seed(seed, len(text) - len(prompt))
+            if is_teacher:
+                part = await teacher.complete(text, length, run_seed, session=session)
+            else:
+                part = await student.complete(text, length, run_seed, session=session, score_from=len(prompt) + len(logprobs))
+                logprobs += part.scored + part.logprobs
+            text += part.tokens
+            if finished := part.finished:
+                break
+        if (scored := len(prompt) + len(logprobs)) < len(text):
+            logprobs += (await student.complete(text, 0, seed, session=session, score_from=scored)).scored
+    finally:
+        await asyncio.gather(student.forget(session), teacher.forget(session))
+    return Completion(tuple(text[len(prompt) :]), tuple(logprobs), finished)

@@ -27,21 +27,32 @@ class Completion:
     """Of each token under the writer, temperature 1."""
     finished: bool
     """False when ``max_tokens`` cut it."""
+    scored: tuple[float, ...] = ()
+    """Log-probs under the writer of the tokens before, from where it was asked to score them."""
 
 
 class Writer(Protocol):
-    """Anything that continues a text: an engine, or a handle on one elsewhere."""
+    """Anything that continues a text it keeps: an engine, or a handle on one elsewhere."""
 
-    async def complete(self, tokens: Sequence[int], max_tokens: int, seed: int) -> Completion:
-        """Continue ``tokens`` until EOS or for ``max_tokens``."""
+    async def complete(self, text: Sequence[int], max_tokens: int, seed: int, *, session: str) -> Completion:
+        """Continue ``text`` until EOS or for ``max_tokens``.
+
+        ``session`` names a text that grows from call to call: what was computed of it is kept until ``forget``.
+        """
+        ...
+
+    async def forget(self, session: str) -> None:
+        """The text of a session is complete."""
         ...
 
 
 class ScoringWriter(Writer, Protocol):
-    """A writer that also says how likely it finds a text."""
+    """A writer that also says how likely it finds what others wrote."""
 
-    async def score(self, tokens: Sequence[int], start: int) -> list[float]:
-        """Log-probs of ``tokens[start:]``, each given all tokens before it."""
+    async def complete(
+        self, text: Sequence[int], max_tokens: int, seed: int, *, session: str, score_from: int | None = None
+    ) -> Completion:
+        """Score the tokens of ``text`` from position ``score_from`` on, then continue it."""
         ...
 
 

@@ -14,13 +14,13 @@ from raykd.rollout.requests import Completion
 from raykd.weights import Bucket, WeightUpdate, verify
 
 if TYPE_CHECKING:
-    from vllm import LLMEngine
+    from vllm import LLMEngine, SamplingParams
 
 # vLLM on CPU replaces torch.set_num_threads by a function that does nothing; this is the real one.
 _set_num_threads = torch.set_num_threads
 
-CPU_STEP_TOKENS = 4096
-"""Tokens of one step of the engine on CPU."""
+CPU_SAMPLER_SEED = "raykd_seed"
+"""In a request's ``extra_args``, with temperature 0: ``cpu_sampler`` draws its tokens, and makes each the argmax."""
 CPU_BLOCK_SIZE = 32
 """Tokens in a block of the KV cache on CPU: the smallest its kernels take, so that most of a prefix is found cached."""
 
@@ -43,51 +43,41 @@ class VllmEngine:
             self.close()
             raise ValueError(f"eos_token_ids must name tokens within [0, {self._vocab_size}), got {self._eos_token_ids}")
 
-    async def complete(self, tokens: Sequence[int], max_tokens: int, seed: int, *, greedy: bool = False) -> Completion:
-        """Continue ``tokens`` until EOS or for ``max_tokens``."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+    async def complete(
+        self,
+        text: Sequence[int],
+        max_tokens: int,
+        seed: int,
+        *,
+        session: str | None = None,
+        score_from: int | None = None,
+        greedy: bool = False,
+    ) -> Completion:
+        """Continue ``text`` until EOS or for ``max_tokens``, after scoring its tokens from position ``score_from`` on.
 
-        self._check(tokens, len(tokens) + max_tokens)
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=0.0 if greedy else 1.0,
-            seed=seed,
-            logprobs=0,
-            flat_logprobs=True,
-            stop_token_ids=self._eos_token_ids,
-            ignore_eos=True,  # the checkpoint's own EOS; ours are the stop tokens
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+        ``session`` names a text that will be continued again: its KV cache is kept until ``forget``.
+        """
+        self._check(text, len(text) + max_tokens)
+        if score_from is None:
+            score_from = len(text)
+        elif not 0 < score_from <= len(text):
+            raise ValueError(f"cannot score from position {score_from} of {len(text)} tokens: the first needs a token before it")
+        # A token is scored by asking for its log-prob where another is sampled, which is thrown away.
+        scores = range(score_from, len(text))
+        pieces = [(end, self._params(seed, 1, asked=text[end])) for end in scores]
+        if max_tokens:
+            pieces.append((len(text), self._params(seed, max_tokens, greedy=greedy, asked=None if session is None else 0)))
+        written = await self._answer(self._thread.submit(list(text), pieces, session), "a completion")
+        return Completion(
+            tokens=tuple(written.tokens[len(scores) :]),
+            logprobs=tuple(own for own, *_ in written.logprobs[len(scores) :]),
+            finished=max_tokens > 0 and written.stopped,
+            scored=tuple(asked for _, asked in written.logprobs[: len(scores)]),
         )
-        output: Any = await self._answer(self._thread.submit(list(tokens), params), "a completion")
-        (written,) = output.outputs
-        assert written.logprobs.token_ids == list(written.token_ids), "one log-prob a token, its own"
-        return Completion(tuple(written.token_ids), tuple(written.logprobs.logprobs), written.finish_reason == "stop")
 
-    async def score(self, tokens: Sequence[int], start: int) -> list[float]:
-        """Log-probs of ``tokens[start:]``, each given all tokens before it: one prefill."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        self._check(tokens, len(tokens))
-        if not 0 < start < len(tokens):
-            raise ValueError(f"cannot score from position {start} of {len(tokens)} tokens: the first needs a token before it")
-        # All but the last token are prefilled, and the last one's log-prob is asked of the distribution after them, from
-        # which one token is sampled and thrown away: this needs no more room than writing the text did.
-        params = SamplingParams(
-            max_tokens=1,
-            temperature=0.0,
-            logprob_token_ids=[tokens[-1]],
-            prompt_logprobs=0 if start < len(tokens) - 1 else None,
-            flat_logprobs=True,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        output: Any = await self._answer(self._thread.submit(list(tokens[:-1]), params), "a score")
-        of_prompt = output.prompt_logprobs.logprobs[start - 1 :] if output.prompt_logprobs is not None else []
-        return [*of_prompt, output.outputs[0].logprobs[0][tokens[-1]].logprob]
+    async def forget(self, session: str) -> None:
+        """The text of a session is complete."""
+        self._thread.end_session(session)
 
     async def load(self, update: WeightUpdate, fetch: Callable[[Any], Bucket]) -> int:
         """Fetch and check all buckets, then replace the weights once no request is in flight; returns the version.
@@ -109,6 +99,28 @@ class VllmEngine:
     def close(self) -> None:
         """Stop the engine and release its memory."""
         self._thread.close()
+
+    def _params(self, seed: int, max_tokens: int, *, asked: int | None, greedy: bool = False) -> "SamplingParams":
+        """``asked``: a token whose log-prob is wanted beside that of each token sampled."""
+        from vllm import SamplingParams
+        from vllm.platforms import current_platform
+        from vllm.sampling_params import RequestOutputKind
+
+        drawn_here = current_platform.is_cpu() and not greedy
+        return SamplingParams(
+            max_tokens=max_tokens,
+            temperature=0.0 if greedy or drawn_here else 1.0,
+            seed=seed,
+            extra_args={CPU_SAMPLER_SEED: seed} if drawn_here else None,
+            logprobs=0 if asked is None else None,
+            logprob_token_ids=None if asked is None else [asked],
+            flat_logprobs=True,
+            stop_token_ids=self._eos_token_ids,
+            ignore_eos=True,  # the checkpoint's own EOS; ours are the stop tokens
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            skip_clone=True,
+        )
 
     async def _answer(self, future: Future[Any], what: str) -> Any:
         try:
@@ -150,9 +162,7 @@ def start_engine(model: str, config: EngineSettings) -> "LLMEngine":
             "enforce_eager": True,
             "block_size": CPU_BLOCK_SIZE,
             "kv_cache_memory_bytes": kv_cache_bytes,
-            # A prompt prefilled in pieces makes vLLM rewind the request's generator, which a CPU generator cannot do.
-            "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(CPU_STEP_TOKENS, config.max_length),
+            "logits_processors": ["raykd.rollout.cpu_sampler:SoftmaxSampler"],
         }
     arguments = EngineArgs(
         model=model,

@@ -23,6 +23,7 @@ class RolloutWorker:
         self.version = version
         self._seed = config.seed
         self.engine = VllmEngine(model, config, eos_token_ids)
+        self._places = asyncio.Semaphore(config.max_sequences)  # texts that both engines keep between their turns
         self._turn = asyncio.Condition()
         self._num_generating = 0
         self._loading = False
@@ -36,7 +37,7 @@ class RolloutWorker:
         if teacher_share > 0 and teacher is None:
             raise ValueError(f"teacher_share is {teacher_share} but no teacher was given to write with")
         async with self._generating():
-            responses = [self._write(request, teacher_share, max_tokens, teacher or self.engine) for request in requests]
+            responses = [self._write(request, teacher_share, max_tokens, teacher) for request in requests]
             writing = [asyncio.ensure_future(response) for response in responses]
             try:
                 return list(await asyncio.gather(*writing))
@@ -75,10 +76,14 @@ class RolloutWorker:
                 self._num_generating -= 1
                 self._turn.notify_all()
 
-    async def _write(self, request: GenerationRequest, teacher_share: float, max_tokens: int, teacher: Writer) -> Rollout:
+    async def _write(self, request: GenerationRequest, teacher_share: float, max_tokens: int, teacher: Writer | None) -> Rollout:
         # The version is part of the seed: the same prompt asked of a new policy is a new draw.
         seed = derive_seed(self._seed, request.salt, request.prompt_id, request.sample, self.version)
-        response = await mixed_response(request.prompt_tokens, self.engine, teacher, teacher_share, max_tokens, seed)
+        if teacher is None or teacher_share == 0:
+            response = await self.engine.complete(request.prompt_tokens, max_tokens, seed)
+        else:
+            async with self._places:
+                response = await mixed_response(request.prompt_tokens, self.engine, teacher, teacher_share, max_tokens, seed)
         return Rollout(
             prompt_id=request.prompt_id,
             sample=request.sample,

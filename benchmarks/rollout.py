@@ -1,0 +1,188 @@
+"""Tokens per second of student, teacher and teacher-mixed responses on vLLM, beside a Hugging Face lockstep mixture.
+
+    python benchmarks/rollout.py [--batches 8 32 128] [--repeats 5]
+
+Random-weight Llamas of 16M and 53M parameters over GPT-2's vocabulary of 50,257, float32; prompts of 32 tokens, responses of 64,
+a fifth of the tokens from the teacher. Each engine has a process and one thread, as in a run; the lockstep mixture, which feeds
+every token to both models and samples from their mixed probabilities, has two threads while the engines rest. All take turns
+within each repeat, medians are reported.
+
+Random weights change no cost: no method here looks at what it writes, but for EOS, which these models practically never
+write. That favours lockstep, whose batch lasts as long as its longest response.
+
+"verified" bounds any draft-and-verify form: how fast the teacher scores drafts of 16 tokens, by vLLM's prompt_logprobs with the
+prefix cached, if all are accepted and the student's drafts cost nothing.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from raykd.actors import ModelFacts, RolloutActor, TeacherActor
+from raykd.experiment import EngineConfig, TeacherConfig
+from raykd.rollout.requests import GenerationRequest
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "student": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "teacher": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
+}
+VOCABULARY, EOS, PROMPT, RESPONSE, SHARE, DRAFT = 50_257, 50_256, 32, 64, 0.2, 16
+RESULTS = Path(__file__).parent / "results" / "rollout.json"
+
+Prompts = Sequence[tuple[int, ...]]
+
+
+class Teacher(TeacherActor):
+    """The teacher of a run, asked for whole responses, and to score drafts."""
+
+    async def write(self, prompts: Prompts, seed: int) -> None:
+        """A response to each prompt."""
+        assert self._engine is not None
+        await asyncio.gather(*(self._engine.complete(p, RESPONSE, seed + i) for i, p in enumerate(prompts)))
+
+    async def verify(self, texts: Prompts) -> None:
+        """Score the responses of texts, a draft at a time."""
+        await asyncio.gather(*(self._verify(text) for text in texts))
+
+    async def _verify(self, text: tuple[int, ...]) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        assert self._engine is not None
+        params = SamplingParams(
+            max_tokens=1,
+            temperature=0,
+            logprobs=0,
+            prompt_logprobs=0,
+            skip_reading_prefix_cache=False,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        for end in range(PROMPT + DRAFT, PROMPT + RESPONSE + 1, DRAFT):
+            await asyncio.wrap_future(self._engine._thread.submit(list(text[:end]), [(end, params)]))
+
+
+class Lockstep:
+    """Both models in Hugging Face's code, token by token."""
+
+    def __init__(self, student: str, teacher: str) -> None:
+        torch.set_num_threads(2)
+        self._models: list[Any] = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (student, teacher)]
+
+    @torch.inference_mode()
+    def write(self, prompts: Prompts) -> None:
+        """A response to each prompt."""
+        tokens, caches = torch.tensor(prompts), [None, None]
+        for _ in range(RESPONSE):
+            steps = [
+                model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                for model, cache in zip(self._models, caches, strict=True)
+            ]
+            caches = [step.past_key_values for step in steps]
+            q, p = (step.logits[:, -1].softmax(-1) for step in steps)
+            tokens = torch.multinomial(SHARE * p + (1 - SHARE) * q, 1)
+
+
+def build(name: str, folder: Path) -> str:
+    """A random model on disk; its final norm is scaled so that its distributions are not flat."""
+    torch.manual_seed(len(name) + SHAPES[name]["hidden_size"])
+    shape = SHAPES[name]
+    config = LlamaConfig(**shape, vocab_size=VOCABULARY, tie_word_embeddings=True, bos_token_id=EOS, eos_token_id=EOS)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(8)
+    model.save_pretrained(folder / name)
+    return str(folder / name)
+
+
+def start(folder: Path) -> tuple[Any, Any, Any]:
+    """Student, teacher and lockstep mixture, each in a process of its own."""
+    facts = ModelFacts(
+        student=build("student", folder),
+        teacher=build("teacher", folder),
+        vocab_size=VOCABULARY,
+        eos_ids=(EOS,),
+        max_length=PROMPT + RESPONSE,
+        seed=0,
+    )
+    engine = EngineConfig(dtype="float32")
+
+    def create(actor_class: type, *arguments: Any, threads: int = 1) -> Any:
+        env = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+        return ray.remote(actor_class).options(num_cpus=0, runtime_env=env).remote(*arguments)
+
+    student = create(RolloutActor, engine, facts)
+    teacher = create(Teacher, TeacherConfig(dtype="float32", engine=engine), facts, True)
+    lockstep = create(Lockstep, facts.student, facts.teacher, threads=2)
+    ray.get([student.ping.remote(), teacher.ping.remote()])
+    return student, teacher, lockstep
+
+
+def measure(actors: tuple[Any, Any, Any], batch: int, repeats: int) -> dict[str, float]:
+    """Tokens per second of each way to write ``batch`` responses."""
+    student, teacher, lockstep = actors
+    generator = torch.Generator().manual_seed(batch)
+    texts = [tuple(row) for row in torch.randint(0, EOS, (batch, PROMPT + RESPONSE), generator=generator).tolist()]
+    prompts = [text[:PROMPT] for text in texts]
+
+    def generate(share: float, repeat: int) -> Any:
+        requests = [GenerationRequest(prompt_id=str(i), sample=0, prompt_tokens=p, salt=repeat) for i, p in enumerate(prompts)]
+        return student.generate.remote(requests, share, RESPONSE, [teacher])
+
+    ways: dict[str, Callable[[int], Any]] = {
+        "student": lambda repeat: generate(0.0, repeat),
+        "teacher": lambda repeat: teacher.write.remote(prompts, repeat * batch),
+        "mixed": lambda repeat: generate(SHARE, repeat),
+        "lockstep": lambda repeat: lockstep.write.remote(prompts),
+        "verified": lambda repeat: teacher.verify.remote(
+            [
+                prompt + text[PROMPT + repeat :] + text[PROMPT : PROMPT + repeat]
+                for prompt, text in zip(prompts, texts, strict=True)
+            ]
+        ),
+    }
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    for repeat in range(repeats + 1):
+        for way, begin in ways.items():
+            started = time.perf_counter()
+            ray.get(begin(repeat))
+            if repeat:  # the first of each size is slow
+                rates[way].append(batch * RESPONSE / (time.perf_counter() - started))
+    return {way: statistics.median(values) for way, values in rates.items()}
+
+
+def main() -> None:
+    """Measure every batch size, print the table, write it as JSON beside the sizes measured before."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    ray.init("local", log_to_driver=False)
+    actors = start(Path(tempfile.mkdtemp(prefix="raykd-rollout-")))
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    table = Table("batch", "student", "teacher", "mixed", "lockstep", "verified", "mixed / teacher", "mixed / lockstep")
+    for batch in options.batches:
+        rates = measure(actors, batch, options.repeats)
+        results[str(batch)] = {"repeats": options.repeats, "tokens_per_second": rates}
+        ratios = (f"{rates['mixed'] / rates[other]:.2f}x" for other in ("teacher", "lockstep"))
+        table.add_row(str(batch), *(f"{rate:,.0f}" for rate in rates.values()), *ratios)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
