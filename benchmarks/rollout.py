@@ -115,7 +115,7 @@ def start(folder: Path) -> tuple[Any, Any, Any]:
         teacher=build("teacher", folder),
         vocab_size=VOCABULARY,
         eos_ids=(EOS,),
-        max_length=PROMPT + RESPONSE,
+        max_length=PROMPT + RESPONSE + 1,
         seed=0,
     )
     engine = EngineConfig(dtype="float32")

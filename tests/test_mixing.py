@@ -200,6 +200,18 @@ def test_more_texts_than_an_engine_has_room_for_are_written_all_the_same():
         assert together[seed] == wait(mixed_response(PROMPT, student, teacher, 0.5, 12, seed))
 
 
+def test_a_response_that_fills_the_context_is_written_and_scored_to_its_end():
+    engine = worker(STORIES).engine
+    prompt = [1, *[400, 401, 402] * 79, 403, 404]
+
+    async def write():
+        return await asyncio.gather(*(mixed_response(prompt, engine, engine, 0.5, 16, seed) for seed in range(24)))
+
+    written = wait(write())
+    assert any(len(completion.tokens) == 16 for completion in written)  # 240 + 16 tokens, all that the engine takes
+    assert all(len(completion.tokens) == len(completion.logprobs) for completion in written)
+
+
 class Replica:
     """What a writer sees of an actor; ``fate`` is raised once ``calls`` calls are answered."""
 

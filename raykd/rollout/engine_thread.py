@@ -137,6 +137,8 @@ class EngineThread:
             _answer(call.future, result)
 
     def _begin(self, engine: "LLMEngine", request: _Request) -> None:
+        from vllm.exceptions import VLLMClientError
+
         try:
             if request.session is not None:
                 if not self._sessions.rests(request.session):
@@ -147,7 +149,7 @@ class EngineThread:
                 prompt: Any = {"type": "token", "prompt_token_ids": request.text}
                 name = str(self._num_requests)
                 engine.add_request(name, prompt, request.pieces[0][1])
-        except ValueError as error:  # this request is at fault, not the engine
+        except (ValueError, VLLMClientError) as error:  # this request is at fault, not the engine
             if request.session is not None:
                 self._sessions.end(request.session)
             _answer(request.future, error)
