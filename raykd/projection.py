@@ -28,11 +28,11 @@ Reduce = Callable[[Tensor, Tensor | None, Tensor, dict[str, Tensor]], dict[str, 
 """Student and teacher log-probs ``[n, V]``, tokens ``[n]`` and what is given of them ``{name: [n]}``, to ``{name: [n]}``: an
 algorithm's ``per_token``."""
 
-CHUNK_ELEMENTS = {"cpu": 10 * 2**20, "cuda": 2**25}
-"""Logits of a chunk when no chunk is asked for, 208 positions at V = 50,257 on a CPU: enough for products at full speed."""
+CHUNK_ELEMENTS = {"cpu": 15 * 2**19, "cuda": 2**25}
+"""Most logits of a chunk. On a CPU 30 MiB, 156 positions at V = 50,257: what is larger than 32 MiB the C library gives back to
+the system at once, and getting it again page by page takes longer than computing on it."""
 TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
-"""Logits that are reduced at a time. On a CPU 4 MiB: the many passes between logits and slope stay in its cache, and their
-temporaries within what the C library hands out again instead of returning it to the system, page by page."""
+"""Most logits that are reduced at a time: on a CPU 4 MiB, so that the many passes between logits and slope stay in its cache."""
 
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest accepted difference, in nats, between the teacher's probe and its reconstruction, by the dtype that travelled."""
@@ -104,6 +104,7 @@ def weighted_loss(
     ``hidden`` is ``[N, H]``, ``tokens`` and ``weights`` are ``[N]``; the loss is differentiable once, to ``hidden`` and to weight
     and bias of ``head``. The teacher comes as its hidden states ``[N, H]`` with ``teacher_head``, as its logits ``[N, V]``
     without, or not at all. With ``probe`` it is compared on the way: ValueError when it is not the teacher's own distribution.
+    A chunk is ``chunk`` positions at most.
     """
     gradients = _Gradients.of(hidden, head)
     totals: dict[str, Tensor] = {}
@@ -120,7 +121,7 @@ def weighted_loss(
         states = hidden[rows].to(student.weight.dtype)
         product = student.product(states)
         teacher_product = None if teacher_states is None else _product_of(teacher_states[rows], guide)
-        for at in _slices(rows.start, rows.stop, _share(TILE_ELEMENTS, hidden, vocab_size)):
+        for at in _slices(rows.start, rows.stop, _positions(TILE_ELEMENTS, hidden, vocab_size)):
             tile = slice(at.start - rows.start, at.stop - rows.start)
             teacher = None
             if teacher_product is not None:
@@ -133,7 +134,7 @@ def weighted_loss(
     with torch.no_grad():
         student = _ready(head, vocab_size)
         guide = None if teacher_head is None else _ready(teacher_head, vocab_size)
-        for rows in _slices(0, len(tokens), chunk or _share(CHUNK_ELEMENTS, hidden, vocab_size)):
+        for rows in _slices(0, len(tokens), _positions(CHUNK_ELEMENTS, hidden, vocab_size, chunk)):
             take(rows)
     if probe is not None and teacher_states is not None:
         _compare(probe, rebuilt, teacher_states.dtype)
@@ -145,7 +146,7 @@ def teacher_probe(states: Tensor, head: Head | None, tokens: Tensor, vocab_size:
     """What ``Scores`` carries as its probe, from the teacher's hidden states ``[N, H]``, or from logits when ``head`` is None."""
     head = None if head is None else _ready(head, vocab_size)
     probe = _unwritten(tokens)
-    for rows in _slices(0, len(tokens), chunk or _share(CHUNK_ELEMENTS, states, vocab_size)):
+    for rows in _slices(0, len(tokens), _positions(CHUNK_ELEMENTS, states, vocab_size, chunk)):
         _teacher(_product_of(states[rows], head), head, tokens[rows], vocab_size, probe.rows(rows))
     return probe
 
@@ -276,9 +277,10 @@ def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
         total += _product(first, second)
 
 
-def _share(elements: dict[str, int], states: Tensor, vocab_size: int) -> int:
-    """Positions whose logits are so many elements."""
-    return max(1, elements[states.device.type] // vocab_size)
+def _positions(elements: dict[str, int], states: Tensor, vocab_size: int, most: int | None = None) -> int:
+    """Positions whose logits are so many elements at most."""
+    positions = max(1, elements[states.device.type] // vocab_size)
+    return positions if most is None else min(positions, most)
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
