@@ -60,6 +60,6 @@ def stories(method: AnyAlgorithm, measure_every: int = 0) -> Experiment:
         max_response=64,
         rollout=RolloutConfig(engine=in_float32),
         teachers=TeacherConfig(dtype="float32", engine=in_float32),
-        learner=LearnerConfig(dtype="float32", micro_batch=32, threads=2),
+        learner=LearnerConfig(dtype="float32", micro_batch=32),
         evaluation=EvaluationConfig(prompts=128, every=measure_every),
     )
