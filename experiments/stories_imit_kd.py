@@ -1,6 +1,6 @@
 """Imitation: forward KL, half of it on the stories, half on what the student writes.
 
-Look at the reverse KL beside stories_kd.py's: the same divergence, but the student meets its own mistakes.
+Look at it beside stories_kd.py: the same divergence, but the student meets its own mistakes.
 """
 
 from stories import stories

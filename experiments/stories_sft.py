@@ -1,6 +1,6 @@
-"""Supervised fine-tuning on the stories: the control. As many steps as every other file here, and no teacher.
+"""Supervised fine-tuning on the stories: the control. As many steps as the other files have; the teacher only measures.
 
-Look at what it leaves: the forward KL on stories falls, the reverse KL on the student's own text less.
+Look at both KLs: what the other files gain has to be more than this.
 """
 
 from stories import stories
