@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    RESULTS.parent.mkdir(exist_ok=True)
     ray.init("local", log_to_driver=False)
     actors = start(Path(tempfile.mkdtemp(prefix="raykd-rollout-")))
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
@@ -177,10 +178,9 @@ def main() -> None:
     for batch in options.batches:
         rates = measure(actors, batch, options.repeats)
         results[str(batch)] = {"repeats": options.repeats, "tokens_per_second": rates}
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
         ratios = (f"{rates['mixed'] / rates[other]:.2f}x" for other in ("teacher", "lockstep"))
         table.add_row(str(batch), *(f"{rate:,.0f}" for rate in rates.values()), *ratios)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     Console().print(table)
 
 
