@@ -131,11 +131,7 @@ def _batch(
     student = _padded([row.rollout.student_logprobs or () for row in rows] or [()], 0.0, torch.float32, tokens.shape[1])
     teacher = _padded([row.teacher_logprobs or () for row in rows] or [()], 0.0, torch.float32, tokens.shape[1])
     shares = torch.tensor([row.rollout.teacher_share for row in rows] or [0.0])[:, None]
-    # Without the teacher's log-probs, which is where the algorithm needs none, the law of a mixed response is not known.
-    known = [
-        row.rollout.source is not Source.DATASET and not (row.teacher_logprobs is None and row.rollout.teacher_share > 0)
-        for row in rows
-    ]
+    known = [_law_is_known(row) for row in rows]
     behaviour = torch.where(shares > 0, mixture_logprobs(student, teacher, shares), student)
     return Batch(
         tokens=torch.where(mask, tokens, 0),
@@ -147,6 +143,13 @@ def _batch(
         by_student=torch.tensor([row.rollout.source in (Source.STUDENT, Source.MIXED) for row in rows] or [False]),
         rewards=torch.tensor([row.reward for row in rows] or [0.0]),
     )
+
+
+def _law_is_known(row: Row) -> bool:
+    """Whether the log-prob of every token under the law that it was drawn from can be told from what was recorded: not for
+    data, for mixed text without the teacher's log-probs (where the algorithm needs none), at another temperature than 1."""
+    written, mixed = row.rollout.source is not Source.DATASET, row.rollout.teacher_share > 0
+    return written and row.rollout.temperature == 1 and not (mixed and row.teacher_logprobs is None)
 
 
 def _scores(row: Row, needs: Needs, fetch: Fetch) -> Scores | None:

@@ -62,7 +62,7 @@ class _Asked:
     given: list[Prompt]
     by_student: list[Prompt]
     by_teacher: list[Prompt]
-    teacher_share: float
+    mixture: Mixture
 
 
 class Phases:
@@ -131,11 +131,11 @@ class Phases:
         num_given = round((mixture.dataset + mixture.student + mixture.teacher) * num_prompts) - num_teacher - num_student
         by_student = self._prompts.take(num_student)
         by_teacher = by_student[:num_teacher] if mixture.same_prompts else self._prompts.take(num_teacher)
-        return _Asked(self._prompts.take(num_given * samples), by_student, by_teacher, mixture.teacher_share)
+        return _Asked(self._prompts.take(num_given * samples), by_student, by_teacher, mixture)
 
     def _write(self, asked: _Asked, update: WeightUpdate | None, salt: int) -> list[Rollout]:
         rollouts = dataset_rollouts(asked.given)
-        for prompts, teacher_share in ((asked.by_student, asked.teacher_share), (asked.by_teacher, 1.0)):
+        for prompts, teacher_share in ((asked.by_student, asked.mixture.teacher_share), (asked.by_teacher, 1.0)):
             if prompts:
                 rollouts += self._workers.generate(
                     prompts,
@@ -144,6 +144,7 @@ class Phases:
                     teacher_share=teacher_share,
                     max_tokens=self._experiment.max_response,
                     salt=salt,
+                    temperature=asked.mixture.temperature,
                 )
         return rollouts
 

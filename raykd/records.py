@@ -39,8 +39,9 @@ class Prompt:
 class Rollout:
     """One response to one prompt, with what is needed to learn from it off-policy.
 
-    A response token was drawn from ``teacher_share * p + (1 - teacher_share) * q``: 0 is the student, 1 the
-    teacher, in between teacher-mixed sampling. A response from the data set has no sampling law and carries no log-probs.
+    A response token was drawn from ``teacher_share * p + (1 - teacher_share) * q``: 0 is the student (which may then have a
+    ``temperature``), 1 the teacher, in between teacher-mixed sampling. A response from the data set has no sampling law and
+    carries no log-probs.
     """
 
     prompt_id: str
@@ -51,6 +52,8 @@ class Rollout:
     """The response, EOS included when the writer produced one."""
     source: Source
     teacher_share: float = 0.0
+    temperature: float = 1.0
+    """Of the student's softmax when it was sampled; ``student_logprobs`` are at 1 in any case."""
     student_logprobs: tuple[float, ...] | None = None
     """log q(y_t | x, y_<t) of the student version that wrote or accompanied the response; [T]."""
     version: int = 0

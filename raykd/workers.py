@@ -86,12 +86,13 @@ class Workers:
         teacher_share: float,
         max_tokens: int,
         salt: int,
+        temperature: float = 1.0,
     ) -> list[Rollout]:
         """``samples`` responses to each prompt by the student of ``update``, which ``publish`` gave; ``salt`` tells the draws of
         one phase from another's."""
         assert self.rollouts is not None, "nothing samples from the student"
         self._load(update)
-        requests = _requests(prompts, samples, salt)
+        requests = _requests(prompts, samples, salt, temperature)
         with self._measured("generate") as measured:
             handles = self.teachers.actors if self.teachers and teacher_share > 0 else []
             num_shares = min(len(self.rollouts.actors), len(requests))
@@ -256,14 +257,20 @@ def unscored(rollouts: Sequence[Rollout]) -> list[Row]:
     return [Row(rollout=rollout) for rollout in rollouts]
 
 
-def _requests(prompts: Sequence[Prompt], samples: int, salt: int) -> list[GenerationRequest]:
+def _requests(prompts: Sequence[Prompt], samples: int, salt: int, temperature: float) -> list[GenerationRequest]:
     """``samples`` requests a prompt; a prompt that comes twice goes on counting: no two requests draw the same numbers."""
     counts: Counter[str] = Counter()
     requests = []
     for prompt in prompts:
         for _ in range(samples):
             requests.append(
-                GenerationRequest(prompt_id=prompt.id, sample=counts[prompt.id], prompt_tokens=prompt.tokens, salt=salt)
+                GenerationRequest(
+                    prompt_id=prompt.id,
+                    sample=counts[prompt.id],
+                    prompt_tokens=prompt.tokens,
+                    salt=salt,
+                    temperature=temperature,
+                )
             )
             counts[prompt.id] += 1
     return requests

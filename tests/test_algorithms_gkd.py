@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from raykd.algorithms import GKD, KD, ImitKD, Needs, Progress
-from raykd.algorithms.base import Reduction
+from raykd.algorithms.base import Mixture, Reduction
 from raykd.algorithms.gkd import (
     JSD,
     AdaptiveKL,
@@ -166,6 +166,26 @@ def test_the_coin_decides_for_whole_steps() -> None:
     students = [algorithm.mixture(Progress(step=0, steps=1, coin=coin)).student for coin in (0.0, 0.29, 0.3, 0.99)]
     assert students == [1.0, 1.0, 0.0, 0.0]
     assert algorithm.writers == {Source.DATASET, Source.STUDENT}
+
+
+def test_trl_samples_at_another_temperature_than_it_compares() -> None:
+    algorithm = GKD.trl()
+    assert (algorithm.reduction, algorithm.divergence) == ("token_mean", JSD(beta=0.5))
+    mixtures = [algorithm.mixture(Progress(step=0, steps=1, coin=coin)) for coin in (0.49, 0.5)]
+    assert [(mixture.student, mixture.temperature) for mixture in mixtures] == [(1.0, 0.9), (0.0, 0.9)]
+    assert algorithm.temperature == GKD().sampling_temperature == 1
+
+
+@pytest.mark.parametrize("other", [{"reward_weight": 0.5}, {"importance_limit": 2.0}])
+def test_importance_ratios_and_another_sampling_temperature_are_refused(other: dict[str, float]) -> None:
+    with pytest.raises(ValidationError, match="sampling_temperature"):
+        GKD.model_validate({"sampling_temperature": 0.9} | other)
+
+
+@pytest.mark.parametrize(("teacher", "teacher_share"), [(0.0, 0.2), (0.5, 0.0)])
+def test_the_teacher_writes_at_temperature_one(teacher: float, teacher_share: float) -> None:
+    with pytest.raises(ValueError, match="temperature"):
+        Mixture(temperature=0.9, student=1 - teacher, teacher=teacher, teacher_share=teacher_share)
 
 
 def test_cross_entropy_beside_the_divergence_by_hand() -> None:

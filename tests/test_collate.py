@@ -97,11 +97,12 @@ def test_no_rows_and_empty_responses_predict_nothing() -> None:
 def test_the_behaviour_is_the_law_the_token_was_drawn_from() -> None:
     mixed = make_row(1, 2, source=Source.MIXED, teacher_share=0.25)
     given_answer = make_row(1, 2, source=Source.DATASET, student_logprobs=None)
-    batch = collated([mixed, make_row(1, 2), given_answer], MiniLLM()).batch
+    cold = make_row(1, 2, temperature=0.5)
+    batch = collated([mixed, make_row(1, 2), given_answer, cold], MiniLLM()).batch
     expected = (0.25 * torch.tensor([-1.0, -2.0]).exp() + 0.75 * torch.tensor([-1.0, -1.0]).exp()).log()
     assert torch.allclose(batch.behaviour_logprobs[0], expected)
     assert batch.behaviour_logprobs[1].tolist() == [-1, -1]
-    assert batch.behaviour_logprobs[2].tolist() == [0, 0]
+    assert batch.behaviour_logprobs[2].tolist() == batch.behaviour_logprobs[3].tolist() == [0, 0]
     assert batch.teacher_logprobs[2].tolist() == [-1, -2]
 
 

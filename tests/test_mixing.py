@@ -1,5 +1,6 @@
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -120,6 +121,22 @@ def test_every_token_follows_the_mixture_given_all_tokens_before_it(laws):
         expected = len(tokens) / 100
         statistic = ((observed - expected) ** 2 / expected).sum().item()
         assert (p_value([(statistic, 99)]) > 1e-4) is follows, share
+
+
+def test_the_student_alone_samples_at_the_temperature_asked_for():
+    """The first tokens at 0.5, half the requests of a batch; log-probs stay those at 1."""
+    warm = requests(1_500)
+    cold = [replace(request, sample=1_500 + request.sample, temperature=0.5) for request in warm]
+    written = wait(worker(folder("tiny-q")).generate([*warm, *cold], 0.0, 1))
+    q = law("tiny-q", PROMPT)
+    for part, temperature in ((written[:1_500], 1.0), (written[1_500:], 0.5)):
+        assert {rollout.temperature for rollout in part} == {temperature}
+        first = Counter(rollout.tokens[0] for rollout in part)
+        for candidate in (1.0, 0.5):
+            expected = q.pow(1 / candidate) / q.pow(1 / candidate).sum()
+            assert (p_value([chi_squared(first, expected)]) > 1e-4) is (candidate == temperature)
+        for rollout in part[:20]:
+            assert rollout.student_logprobs == pytest.approx([q[rollout.tokens[0]].log().item()], abs=1e-4)
 
 
 @pytest.mark.parametrize(("share", "source"), [(0.0, Source.STUDENT), (0.2, Source.MIXED), (1.0, Source.TEACHER)])

@@ -64,6 +64,8 @@ class Mixture:
     teacher: float = 0.0
     """Written by the teacher alone."""
     teacher_share: float = 0.0
+    temperature: float = 1.0
+    """Of the student's sampling, softmax(logits / temperature); other than 1 only where it writes alone."""
     same_prompts: bool = False
     """Student and teacher answer the same prompts; else each has its own."""
     keep: bool = True
@@ -82,6 +84,11 @@ class Mixture:
             raise ValueError("a mixture that learns from the replay buffer must keep what it writes there")
         if not 0 <= self.teacher_share <= 1:
             raise ValueError(f"teacher_share must be within [0, 1], got {self.teacher_share}")
+        if self.temperature <= 0 or (self.temperature != 1 and (self.teacher or self.teacher_share)):
+            raise ValueError(
+                f"temperature must be positive, and 1 where the teacher writes; got {self.temperature}, teacher {self.teacher}, "
+                f"teacher_share {self.teacher_share}"
+            )
 
     @property
     def writers(self) -> frozenset[Source]:

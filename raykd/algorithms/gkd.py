@@ -239,6 +239,8 @@ class GKD(TokenDistillation):
     student_share: float = Field(default=1.0, ge=0, le=1)
     coin: bool = False
     """Decide who writes for whole steps at a time."""
+    sampling_temperature: float = Field(default=1.0, gt=0)
+    """Of the student's sampling; the divergence has its own ``temperature``."""
     reward_weight: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
@@ -248,6 +250,11 @@ class GKD(TokenDistillation):
                 f"reward_weight {self.reward_weight} rewards the student's own responses, but student_share is "
                 f"{self.student_share}; set it to 1"
             )
+        if self.sampling_temperature != 1 and (self.reward_weight > 0 or self.importance_limit is not None):
+            raise ValueError(
+                f"sampling_temperature {self.sampling_temperature} has no place beside reward_weight and importance_limit: their "
+                "importance ratios are those of sampling at 1; set it to 1"
+            )
         return self
 
     @classmethod
@@ -255,9 +262,15 @@ class GKD(TokenDistillation):
         """Algorithm 1 and the paper's reduction: the mean over the positions of a response, then over responses."""
         return cls(reduction="sequence_mean", coin=True)
 
+    @classmethod
+    def trl(cls) -> "GKD":
+        """The defaults of TRL's GKDTrainer (1.16): sampling at 0.9 while the divergence is at 1, the mean over all tokens, a coin
+        a step (TRL: a micro-batch). Its responses have at most 128 tokens: ``Experiment.max_response``."""
+        return cls(divergence=JSD(beta=0.5), student_share=0.5, coin=True, sampling_temperature=0.9)
+
     def mixture(self, progress: Progress) -> Mixture:
         student = float(progress.coin < self.student_share) if self.coin else self.student_share
-        return Mixture(dataset=1 - student, student=student)
+        return Mixture(dataset=1 - student, student=student, temperature=self.sampling_temperature)
 
     @property
     def writers(self) -> frozenset[Source]:

@@ -10,7 +10,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from raykd.rollout.requests import derive_seed
-from raykd.rollout.vllm_engine import CPU_SAMPLER_SEED
+from raykd.rollout.vllm_engine import CPU_SAMPLER
 
 BLOCK = 256
 """Tokens looked up together."""
@@ -20,19 +20,24 @@ class SoftmaxSampler(LogitsProcessor):
     """Draws every token by the seed of its request and its place in the request's output."""
 
     def __init__(self, vllm_config: Any, device: torch.device, is_pin_memory: bool) -> None:
-        self._requests: dict[int, tuple[int, list[int]]] = {}
+        self._requests: dict[int, tuple[int, float, list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self._requests, batch_update, _seed_and_output)
+        process_dict_updates(self._requests, batch_update, _request)
 
     def apply(self, logits: Tensor) -> Tensor:
         if self._requests:
             rows = list(self._requests)
             uniforms = torch.zeros(len(logits), dtype=torch.float64)
-            uniforms[rows] = torch.tensor([_uniform(*request) for request in self._requests.values()], dtype=torch.float64)
+            uniforms[rows] = torch.tensor(
+                [_uniform(seed, output) for seed, _, output in self._requests.values()], dtype=torch.float64
+            )
+            for row, (_, temperature, _) in self._requests.items():
+                if temperature != 1:
+                    logits[row] /= temperature
             logits[rows, draw_(logits, uniforms)[rows]] = torch.inf
         return logits
 
@@ -62,5 +67,5 @@ def _uniform(seed: int, output: list[int]) -> float:
     return (derive_seed(seed, len(output)) >> 10) / 2**53
 
 
-def _seed_and_output(params: Any, prompt: Any, output: list[int]) -> tuple[int, list[int]] | None:
-    return (params.extra_args[CPU_SAMPLER_SEED], output) if params.extra_args else None
+def _request(params: Any, prompt: Any, output: list[int]) -> tuple[int, float, list[int]] | None:
+    return (*params.extra_args[CPU_SAMPLER], output) if params.extra_args else None

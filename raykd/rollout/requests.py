@@ -15,6 +15,7 @@ class GenerationRequest:
     prompt_tokens: tuple[int, ...]
     salt: int
     """What makes the draws of one step differ from another's."""
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Completion:
     tokens: tuple[int, ...]
     """EOS included when it was written."""
     logprobs: tuple[float, ...]
-    """Of each token under the writer, temperature 1."""
+    """Of each token under the writer, at temperature 1 whatever it was sampled at."""
     finished: bool
     """False when ``max_tokens`` cut it."""
     scored: tuple[float, ...] = ()

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 # vLLM on CPU replaces torch.set_num_threads by a function that does nothing; this is the real one.
 _set_num_threads = torch.set_num_threads
 
-CPU_SAMPLER_SEED = "raykd_seed"
-"""In a request's ``extra_args``, with temperature 0: ``cpu_sampler`` draws its tokens, and makes each the argmax."""
+CPU_SAMPLER = "raykd_seed_and_temperature"
+"""In a request's ``extra_args``, whose own temperature is 0: ``cpu_sampler`` draws its tokens, and makes each the argmax."""
 CPU_BLOCK_SIZE = 32
 """Tokens in a block of the KV cache on CPU: the smallest its kernels take, so that most of a prefix is found cached."""
 
@@ -29,8 +29,8 @@ class VllmEngine:
     """Continuous batching of completions and scores; the same code on GPU and CPU.
 
     On one device the model lives in this process, stepped by a thread of its own; with ``tensor_parallel > 1`` vLLM
-    starts a process per device. Sampling is from the plain softmax: temperature 1, no truncation. A response depends on
-    its prompt, weights and seed alone; other requests of a batch can only change the rounding of its logits.
+    starts a process per device. Sampling is from the whole softmax, no truncation. A response depends on its prompt,
+    weights, temperature and seed alone; other requests of a batch can only change the rounding of its logits.
     """
 
     def __init__(self, model: str, config: EngineSettings, eos_token_ids: Sequence[int]) -> None:
@@ -51,6 +51,7 @@ class VllmEngine:
         *,
         session: str | None = None,
         score_from: int | None = None,
+        temperature: float = 1.0,
         greedy: bool = False,
     ) -> Completion:
         """Continue ``text`` until EOS or for ``max_tokens``, after scoring its tokens from position ``score_from`` on.
@@ -66,7 +67,8 @@ class VllmEngine:
         scores = range(score_from, len(text))
         pieces = [(end, self._params(seed, 1, asked=text[end])) for end in scores]
         if max_tokens:
-            pieces.append((len(text), self._params(seed, max_tokens, greedy=greedy, asked=None if session is None else 0)))
+            asked = None if session is None else 0
+            pieces.append((len(text), self._params(seed, max_tokens, temperature=temperature, greedy=greedy, asked=asked)))
         written = await self._answer(self._thread.submit(list(text), pieces, session), "a completion")
         return Completion(
             tokens=tuple(written.tokens[len(scores) :]),
@@ -100,7 +102,9 @@ class VllmEngine:
         """Stop the engine and release its memory."""
         self._thread.close()
 
-    def _params(self, seed: int, max_tokens: int, *, asked: int | None, greedy: bool = False) -> "SamplingParams":
+    def _params(
+        self, seed: int, max_tokens: int, *, asked: int | None, temperature: float = 1.0, greedy: bool = False
+    ) -> "SamplingParams":
         """``asked``: a token whose log-prob is wanted beside that of each token sampled."""
         from vllm import SamplingParams
         from vllm.platforms import current_platform
@@ -109,9 +113,9 @@ class VllmEngine:
         drawn_here = current_platform.is_cpu() and not greedy
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=0.0 if greedy or drawn_here else 1.0,
+            temperature=0.0 if greedy or drawn_here else temperature,
             seed=seed,
-            extra_args={CPU_SAMPLER_SEED: seed} if drawn_here else None,
+            extra_args={CPU_SAMPLER: (seed, temperature)} if drawn_here else None,
             logprobs=0 if asked is None else None,
             logprob_token_ids=None if asked is None else [asked],
             flat_logprobs=True,

@@ -80,7 +80,7 @@ class RolloutWorker:
         # The version is part of the seed: the same prompt asked of a new policy is a new draw.
         seed = derive_seed(self._seed, request.salt, request.prompt_id, request.sample, self.version)
         if teacher is None or teacher_share == 0:
-            response = await self.engine.complete(request.prompt_tokens, max_tokens, seed)
+            response = await self.engine.complete(request.prompt_tokens, max_tokens, seed, temperature=request.temperature)
         else:
             async with self._places:
                 response = await mixed_response(request.prompt_tokens, self.engine, teacher, teacher_share, max_tokens, seed)
@@ -91,6 +91,7 @@ class RolloutWorker:
             tokens=response.tokens,
             source={0.0: Source.STUDENT, 1.0: Source.TEACHER}.get(teacher_share, Source.MIXED),
             teacher_share=teacher_share,
+            temperature=request.temperature,
             student_logprobs=response.logprobs,
             version=self.version,
             finished=response.finished,
