@@ -3,14 +3,15 @@
 p is the teacher, q the student; natural logarithms. Values are true divergences (the entropy term is included): 0 when
 p = q, else positive. Half-precision inputs are computed in float32, float64 stays float64. A probability of 0 (log-probability
 -inf) contributes what the limit says: nothing where its own weight is 0, and +inf where the definition is infinite, so that a
-broken pair is seen; gradients are finite in every case (an infinite entry sends none). Reducing over tokens is not done here.
+broken pair is seen; gradients are finite in every case (an infinite value sends none). Reducing over tokens is not done here.
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from raykd.logprobs import mixture_logprobs, promote
 
@@ -137,11 +138,30 @@ def alpha_beta(student: Tensor, teacher: Tensor, alpha: float, beta: float) -> T
 
 
 def _kl(first: Tensor, second: Tensor) -> Tensor:
-    """sum_v exp(first) (first - second), with 0 log 0 = 0; +inf where only ``second`` has no mass, without a gradient there."""
-    absent = first == -math.inf
-    impossible = (second == -math.inf) & ~absent
-    gap = (first - second).masked_fill(absent | impossible, 0.0)
-    return (first.exp() * gap).masked_fill(impossible, math.inf).sum(-1)
+    """sum_v exp(first) (first - second), with 0 log 0 = 0; +inf, without a gradient, where only ``second`` has no mass."""
+    return _KL.apply(first, second)  # pyright: ignore[reportReturnType]  torch does not say what it returns
+
+
+class _KL(torch.autograd.Function):
+    """By hand, since masks of ``[..., V]`` would take most of the time: -inf is a floor instead, whose exponential is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+        floor = torch.finfo(first.dtype).min / 4
+        probabilities = first.exp()
+        terms = first.clamp(min=floor) - second.clamp(min=floor)
+        impossible = terms.amax(-1) > -floor / 2
+        terms *= probabilities
+        ctx.save_for_backward(probabilities, terms, impossible)
+        return terms.sum(-1).masked_fill(impossible, math.inf)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        probabilities, terms, impossible = ctx.saved_tensors
+        slope = upstream[0].masked_fill(impossible, 0.0).unsqueeze(-1)
+        to_first = (terms + probabilities) * slope if ctx.needs_input_grad[0] else None
+        return to_first, probabilities * -slope if ctx.needs_input_grad[1] else None
 
 
 @torch.no_grad()

@@ -24,7 +24,8 @@ def gather(logprobs: Tensor, tokens: Tensor) -> Tensor:
 
 def entropy(logprobs: Tensor) -> Tensor:
     """H = -sum_v p_v log p_v, with 0 log 0 = 0; ``[..., V] -> [...]``, within [0, log V]."""
-    return torch.special.entr(promote(logprobs).exp()).sum(-1)
+    logprobs = promote(logprobs)
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 def mixture_logprobs(student: Tensor, teacher: Tensor, share: float | Tensor) -> Tensor:
