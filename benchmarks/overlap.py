@@ -22,11 +22,11 @@ from raykd.algorithms import GKD, MiniLLM
 from raykd.algorithms.base import Algorithm
 from raykd.experiment import EvaluationConfig, Experiment, Model, Stage
 from raykd.phases import Position
-from raykd.prompts import Pairs, PromptStream
+from raykd.prompts import Data, Pairs, PromptStream
 from raykd.records import Prompt, Rollout, Row, Source
 from raykd.replay import ReplayBuffer
 from raykd.tracking import Tracker
-from raykd.train import Data, train
+from raykd.train import train
 from raykd.workers import Workers, unscored
 
 BATCH = 32

@@ -78,6 +78,7 @@ class TeacherActor(_Replica):
 
         assert facts.teacher is not None
         self._teacher = Teacher(facts.teacher, config, vocab_size=facts.vocab_size)
+        self._eos_ids = facts.eos_ids
         self._engine = None
         if writes:
             from raykd.rollout.vllm_engine import VllmEngine
@@ -89,6 +90,9 @@ class TeacherActor(_Replica):
         scores = await asyncio.to_thread(self._teacher.score, rollouts, needs)
         reference = ray.put(scores) if needs is Needs.DISTRIBUTION else None
         return reference, [tuple(scores.row(index).logprobs.tolist()) for index in range(len(rollouts))]
+
+    async def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
+        return await asyncio.to_thread(self._teacher.answer, prompts, max_tokens, self._eos_ids)
 
     async def complete(self, text: Sequence[int], max_tokens: int, seed: int, session: str) -> Any:
         assert self._engine is not None, "no stage mixes teacher tokens in"

@@ -16,6 +16,9 @@ from raykd.records import Source
 
 Positive = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "bfloat16"]
+Kept = Literal["last", "loss", "forward_kl", "reverse_kl", "rouge_l"]
+"""The last weights of a stage, or the best by a held-out number."""
+HIGHER_IS_BETTER = frozenset({"rouge_l"})
 TEACHER_WRITES = frozenset({Source.MIXED, Source.TEACHER})
 """Responses for which the teacher needs an engine of its own."""
 
@@ -59,6 +62,9 @@ class Stage(_Value):
     max_staleness: int = Field(default=0, ge=0)
     """Phases that are written and scored ahead of the learner, while it learns from earlier ones. 0: everything in turn."""
     optimiser: Optimiser = Optimiser()
+    keep: Kept = "last"
+    """Which weights leave the stage: the last, or those that were best by this held-out number, at a multiple of
+    ``evaluation.every`` steps or at the end."""
 
     @property
     def rows_per_phase(self) -> int:
@@ -247,24 +253,29 @@ class Experiment(_Value):
             if algorithm.needs_reward and self.reward is None:
                 raise ValueError(f"{where} has a reward_weight, but reward is not set; name a function or a classifier")
             if isinstance(algorithm, DistiLLM) and algorithm.schedule.step > 0:
-                self._can_validate(where)
+                self._measures("loss", f"{where} raises its share of student text by", "set schedule.step to 0")
+            if stage.keep != "last":
+                self._measures(stage.keep, f"stages.{index} keeps the best weights by", "set keep to last")
         if self.learner.ranks > min(stage.batch_size for stage in self.stages):
             raise ValueError(
                 f"learner.ranks {self.learner.ranks} is more than the smallest batch_size of the stages; use fewer ranks"
             )
         return self
 
-    def _can_validate(self, where: str) -> None:
-        remedy = "or set schedule.step to 0, which keeps schedule.start"
-        if not self.evaluation.every or not self.evaluation.prompts:
+    def _measures(self, measure: Kept, who: str, otherwise: str) -> None:
+        """Whether a held-out number exists within a stage."""
+        evaluation = self.evaluation
+        if not evaluation.every or not evaluation.prompts:
             raise ValueError(
-                f"{where} raises its share of student text by held-out losses, but evaluation.every is "
-                f"{self.evaluation.every} and evaluation.prompts {self.evaluation.prompts}; set both, {remedy}"
+                f"{who} the held-out {measure}, but evaluation.every is {evaluation.every} and evaluation.prompts "
+                f"{evaluation.prompts}; set both, or {otherwise}"
             )
-        if isinstance(self.data, Pairs) and self.data.response is None:
+        if measure != "reverse_kl" and isinstance(self.data, Pairs) and self.data.response is None:
             raise ValueError(
-                f"{where} needs the loss of held-out answers, but data.response is not set; name the field, {remedy}"
+                f"{who} the held-out {measure} of reference answers, but data.response is not set; name the field, or {otherwise}"
             )
+        if measure in ("forward_kl", "reverse_kl") and self.teacher is None:
+            raise ValueError(f"{who} the held-out {measure}, but teacher is not set; name a model, or {otherwise}")
 
     @property
     def max_length(self) -> int:
@@ -276,8 +287,10 @@ class Experiment(_Value):
         return any(stage.algorithm.writers & TEACHER_WRITES for stage in self.stages)
 
     def samples(self) -> bool:
-        """Whether any stage has responses written that are not in the data."""
-        return any(stage.algorithm.writers - {Source.DATASET} for stage in self.stages)
+        """Whether responses are written that are not in the data: to learn from, or to be measured."""
+        measured = self.teacher is not None or any(stage.keep == "rouge_l" for stage in self.stages)
+        learned = any(stage.algorithm.writers - {Source.DATASET} for stage in self.stages)
+        return learned or (measured and self.evaluation.prompts > 0)
 
     def gpus(self) -> float:
         """GPUs the whole run asks for."""

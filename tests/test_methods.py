@@ -136,6 +136,13 @@ def test_answers_to_held_out_prompts_are_kept_as_text(finished: Finished) -> Non
     steps_seen = {sample["step"] for sample in samples}
     assert {0, 2, 27} <= steps_seen and len(samples) == 4 * len([line for line in finished.lines if "heldout/loss" in line])
     assert all(sample["prompt"].strip() and sample["reference"].strip() for sample in samples)
+    assert all(sample.get("teacher", "").strip() for sample in samples if sample["step"] == 0)
+
+
+def test_held_out_answers_are_measured_as_texts_and_a_report_is_written(finished: Finished) -> None:
+    measured = [line for line in finished.lines if "heldout/loss" in line]
+    assert all(0 < line["heldout/rouge_l"] < 100 and 0 < line["heldout/distinct_4"] <= 100 for line in measured)
+    assert "Rouge-L" in (finished.folder / "report.html").read_text()
 
 
 def test_distillm_learns_from_the_data_from_new_and_from_old_responses(finished: Finished) -> None:

@@ -146,6 +146,32 @@ def test_a_finished_run_is_resumed_at_its_end_and_a_second_run_gets_its_own_dire
     assert [line["loss"] for line in lines(whole)][4:] == pytest.approx(before[2:], abs=1e-6)
 
 
+def test_a_stage_hands_on_its_best_weights(teacher: Path, tmp_path: Path):
+    """A rate that destroys the student after it has learned: what goes on is what was best, and the engine follows."""
+    slow, wild = Optimiser(learning_rate=5e-3), Optimiser(learning_rate=1.0, warmup_steps=50)
+    stages = (
+        Stage(algorithm=SFT(), steps=4, batch_size=16, optimiser=slow),
+        Stage(algorithm=SFT(), steps=4, batch_size=16, optimiser=wild, keep="loss"),
+        Stage(algorithm=GKD(divergence=ReverseKL()), steps=1, batch_size=16, optimiser=slow),
+    )
+    changes = {
+        "stages": stages,
+        "rollout": RolloutConfig(engine=ON_CPU),
+        "teachers": TeacherConfig(dtype="float32", engine=ON_CPU),
+        "learner": LearnerConfig(ranks=2, dtype="float32", zero_stage=2),
+        "evaluation": EvaluationConfig(prompts=24, every=1),
+        "tracking": TrackingConfig(wandb=False),
+    }
+    result = run(experiment(teacher, tmp_path).model_copy(update=changes), console=Console(quiet=True))
+    held_out = {line["step"]: line["heldout/loss"] for line in lines(result) if "heldout/loss" in line}
+    best = min(range(5, 9), key=lambda step: held_out[step])
+    assert best < 8 and held_out[8] > held_out[best] + 0.1, "the rate destroys nothing"
+    (step,) = [line for line in lines(result) if line["step"] == 9 and "loss" in line]
+    assert step["logprob_mismatch"] < 1e-4  # the engine wrote with what the learner went back to
+    assert step["nll"] < held_out[8]
+    assert held_out[9] == pytest.approx(held_out[best], abs=0.1)
+
+
 @pytest.fixture(scope="module")
 def self_distillation(teacher: Path, finished: Result, tmp_path_factory: pytest.TempPathFactory):
     """Workers whose teacher IS the student's initial model: every log-prob has three independent witnesses."""

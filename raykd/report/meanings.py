@@ -52,6 +52,15 @@ HELD_OUT = Section(
             "teacher, not the data.",
             True,
         ),
+        "rouge_l": Meaning(
+            "Rouge-L to the references", "of 100", "One sample a prompt. Higher is better where the references are good."
+        ),
+        "distinct_4": Meaning(
+            "Different 4-grams", "percent", "Of all the answers' together. A fall says that the answers grow alike."
+        ),
+        "measuring_seconds": Meaning(
+            "Time to measure", "seconds", "The learner waits for it; fewer evaluation.prompts cost less."
+        ),
         "response_length": Meaning(
             "Answer length", "tokens", "A falling KL means little while answers grow much shorter or longer."
         ),

@@ -131,7 +131,8 @@ def sample_cards(samples: Sequence[Sample]) -> list[Card]:
     for prompt, by_step in list(by_prompt.items())[:NUM_CARDS]:
         steps = sorted(by_step)
         last = by_step[steps[-1]]
-        given = {"reference": last.reference, "teacher": last.teacher}
+        teacher = next((by_step[step].teacher for step in steps if by_step[step].teacher is not None), None)
+        given = {"reference": last.reference, "teacher": teacher}  # the teacher is frozen: it answers once
         student = {f"step {step}": by_step[step].student for step in _spread(steps, NUM_MOMENTS)}
         cards.append(Card(prompt, {who: text for who, text in given.items() if text is not None} | student))
     return cards
