@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,17 +45,18 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
         from raykd.run import run
 
         result = run(experiment, resume=options.resume, console=console)
-    except ValidationError as error:
-        _refuse(console, (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()))
     except ValueError as error:
-        _refuse(console, [str(error)])
+        refuse(console, error)
     else:
         console.print(f"student: {result.student}", highlight=False, soft_wrap=True)
 
 
-def _refuse(console: Console, reasons: Iterable[str]) -> NoReturn:
-    for reason in reasons:
-        console.print(f"[red]error:[/red] {escape(reason.replace('Value error, ', '').removeprefix(': '))}", highlight=False)
+def refuse(console: Console, error: ValueError) -> NoReturn:
+    """One line for each thing that is wrong with the input; exits with 2."""
+    problems = error.errors() if isinstance(error, ValidationError) else []
+    for reason in [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems] or [str(error)]:
+        text = escape(reason.replace("Value error, ", "").removeprefix(": "))
+        console.print(f"[red]error:[/red] {text}", highlight=False, soft_wrap=True)
     sys.exit(2)
 
 

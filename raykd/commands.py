@@ -1,17 +1,16 @@
 """The command ``raykd``: what is done with models once they are there. A training run is a file of its own, see experiments/."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
-from rich.markup import escape
 from transformers.utils.logging import set_verbosity_error
 from tyro.extras import SubcommandApp
 
+from raykd.cli import refuse
 from raykd.evaluation.generate import Decoding
 from raykd.evaluation.suites import ALPACA, LabelSuite, Metric, Suite, find_suites
 from raykd.experiment import EngineConfig
@@ -128,9 +127,4 @@ def main() -> None:
     try:
         app.cli(prog="raykd", description=__doc__, config=(tyro.conf.EnumChoicesFromValues,)).run(console)
     except ValueError as error:
-        problems = error.errors() if isinstance(error, ValidationError) else []
-        said = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems] or [str(error)]
-        for reason in said:
-            text = escape(reason.replace("Value error, ", "").removeprefix(": "))
-            console.print(f"[red]error:[/red] {text}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        refuse(console, error)

@@ -28,6 +28,8 @@ class Tracker:
     ) -> None:
         self._run = run
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        if self._file.tell() and not (run / "metrics.jsonl").read_bytes().endswith(b"\n"):
+            self._file.write("\n")  # the line in which the run died stays its own
         self._started = time.monotonic()
         self._wandb = _start_wandb(run, experiment, name, project) if wandb else None
         self._progress = Progress(
@@ -90,24 +92,28 @@ class Tracker:
         self.console.print(text, highlight=False, soft_wrap=True)
 
 
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The readable lines, and how many are not: a run that is going on may be in the middle of its last one."""
+    if not path.is_file():
+        return [], 0
+    found, unread = [], 0
+    for line in filter(None, path.read_text(encoding="utf-8", errors="replace").splitlines()):
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            unread += 1
+    return found, unread
+
+
 def throughput(run: Path) -> dict[str, float]:
     """Response tokens per second of each verb over the whole run, from its ``metrics.jsonl``."""
-    sums: dict[str, float] = {}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        for name, value in json.loads(line).items():
-            if name.startswith(("tokens/", "seconds/")):
-                sums[name] = sums.get(name, 0.0) + value
-    verbs = [name.removeprefix("tokens/") for name in sums if name.startswith("tokens/")]
-    return {verb: sums[f"tokens/{verb}"] / sums[f"seconds/{verb}"] for verb in verbs}
+    seconds, tokens = _sums(run, "seconds/"), _sums(run, "tokens/")
+    return {verb: tokens[verb] / seconds[verb] for verb in tokens}
 
 
 def advice(run: Path, max_staleness: int) -> str:
     """One sentence on what held a run up, from the busy times in its ``metrics.jsonl``."""
-    busy: dict[str, float] = {}
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        for name, value in json.loads(line).items():
-            if name.startswith("seconds/"):
-                busy[name.removeprefix("seconds/")] = busy.get(name.removeprefix("seconds/"), 0.0) + value
+    busy = _sums(run, "seconds/")
     lanes = {lane: sum(busy.get(verb, 0.0) for verb in verbs) for lane, verbs in LANES.items()}
     waited, worked = busy.get("wait", 0.0), lanes["learner ranks"]
     if waited + worked == 0:
@@ -119,6 +125,16 @@ def advice(run: Path, max_staleness: int) -> str:
         return f"the learner waited {share:.0%} of the time: more learner ranks would help, more replicas would not"
     overlap = "" if max_staleness else ", or max_staleness 1 lets them work while the learner does"
     return f"the learner waited {share:.0%} of the time, mostly for the {slowest}: more of them would help{overlap}"
+
+
+def _sums(run: Path, prefix: str) -> dict[str, float]:
+    """The numbers of that prefix, added up over all steps."""
+    sums: dict[str, float] = {}
+    for line in read_lines(run / "metrics.jsonl")[0]:
+        for name, value in line.items():
+            if name.startswith(prefix):
+                sums[name.removeprefix(prefix)] = sums.get(name.removeprefix(prefix), 0.0) + value
+    return sums
 
 
 def _start_wandb(run: Path, experiment: Mapping[str, Any], name: str, project: str) -> Any:

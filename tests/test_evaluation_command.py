@@ -1,6 +1,7 @@
 """`raykd evaluate`, from the command line to the files it writes."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,7 @@ def test_mean_and_spread_are_over_seeds():
 
 def test_results_go_through_json_and_into_tables(tmp_path: Path):
     teacher = ModelResults(measures={"rouge_l": Measured(values=(27.0, 29.0))})
-    student = ModelResults(measures={"test_loss": Measured(values=(3.5,))}, excess_error=(0.0, 5.0))
+    student = ModelResults(measures={"test_loss": Measured(values=(3.5,))}, excess_error=(0.0, 5.0, math.inf))
     suite = SuiteResults(rows=2, left_out=1, models={"teacher": teacher, "student": student})
     results = Results(protocol={}, suites={"dolly": suite}, harness={"student": {"arc": {"acc,none": 0.25}}})
     results.save(tmp_path / "new" / "e.json")
@@ -92,6 +93,7 @@ def test_a_student_and_its_teacher_are_measured_from_the_command_line(
     results = Results.model_validate_json(output.read_text())
     assert [suite.rows for suite in results.suites.values()] == [4, 4, 2]
     answers = [json.loads(line) for line in (tmp_path / "found.answers.jsonl").read_text().splitlines()]
+    assert all(answer["prompt"].strip() for answer in answers)
     assert len(answers) == (4 + 2) * 2 * 2 and len({answer["text"] for answer in answers}) == len(answers)
     for name, suite in ((name, suite) for name, suite in results.suites.items() if name != "sst2"):
         assert list(suite.models) == [teacher, student]

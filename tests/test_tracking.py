@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
-from raykd.tracking import advice
+from raykd.tracking import Tracker, advice, read_lines
 
 
 @pytest.mark.parametrize(
@@ -23,5 +24,13 @@ from raykd.tracking import advice
 )
 def test_advice_names_what_held_the_run_up(tmp_path: Path, busy: dict[str, float], staleness: int, expected: str) -> None:
     halves = json.dumps({"step": 1, **{f"seconds/{verb}": seconds / 2 for verb, seconds in busy.items()}})
-    (tmp_path / "metrics.jsonl").write_text(f"{halves}\n{halves}\n")
+    (tmp_path / "metrics.jsonl").write_text(f'{halves}\n{halves}\n{{"step": 2, "seco')
     assert re.search(expected, advice(tmp_path, staleness))
+
+
+def test_a_run_that_died_within_a_line_goes_on_with_the_next(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo')
+    with Tracker(tmp_path, {}, name="x", wandb=False, project="x", console=Console(quiet=True)) as tracker:
+        tracker.log(2, {"loss": 0.5})
+    lines, unread = read_lines(tmp_path / "metrics.jsonl")
+    assert ([line["step"] for line in lines], lines[-1]["loss"], unread) == ([1, 2], 0.5, 1)

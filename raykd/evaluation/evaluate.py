@@ -164,10 +164,18 @@ def _opinion(
 def rows_of(evaluation: Evaluation, model: str, paper: Paper, answers: Answers) -> list[dict[str, Any]]:
     """Every answer with its question's row."""
     return [
-        {"suite": suite, "row": question.row, "model": model, "seed": seed, "text": text, "references": question.references}
+        {
+            "suite": suite,
+            "row": question.row,
+            "model": model,
+            "seed": seed,
+            "prompt": prompt,
+            "text": text,
+            "references": question.references,
+        }
         for suite, asked in paper.free.items()
         for seed, texts in zip(evaluation.decoding.seeds, answers.texts[suite], strict=True)
-        for question, text in zip(asked, texts, strict=True)
+        for question, prompt, text in zip(asked, paper.prompts(suite), texts, strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 
 
 class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")  # ExAccErr can be infinite
 
 
 class Measured(_Value):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raykd.algorithms import AnyAlgorithm
 from raykd.evaluation.results import Results
-from raykd.tracking import advice
+from raykd.tracking import advice, read_lines
 
 Line = TypeVar("Line", bound=BaseModel)
 Numbers = dict[str, float]
@@ -120,7 +120,7 @@ def read_run(folder: Path) -> RunLog:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged and does not describe a run ({type(error).__name__}: {error})") from error
     metrics = folder / "metrics.jsonl"
-    lines, unread = _read_lines(metrics)
+    lines, unread = read_lines(metrics)
     steps, held_out = _by_step([line for line in lines if "step" in line])
     unread += sum("step" not in line for line in lines)
     samples, unread_samples = _validated(Sample, folder / "samples.jsonl")
@@ -139,7 +139,7 @@ def read_run(folder: Path) -> RunLog:
         samples=samples,
         finished=finished,
         written=written,
-        advice=_advice(folder, described["experiment"]["stages"], steps, unread),
+        advice=_advice(folder, described["experiment"]["stages"], steps),
         notices=[notice for notice in [*notices, *_not_finite(steps)] if notice],
     )
 
@@ -163,21 +163,8 @@ def _spans(stages: Sequence[Mapping[str, Any]]) -> Iterator[Span]:
         first += stage["steps"]
 
 
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The readable lines, and how many are not: a run that is going on may be in the middle of its last one."""
-    if not path.is_file():
-        return [], 0
-    found, unread = [], 0
-    for line in filter(None, path.read_text(encoding="utf-8", errors="replace").splitlines()):
-        try:
-            found.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            unread += 1
-    return found, unread
-
-
 def _validated(kind: type[Line], path: Path) -> tuple[list[Line], int]:
-    lines, unread = _read_lines(path)
+    lines, unread = read_lines(path)
     found = []
     for line in lines:
         try:
@@ -226,8 +213,8 @@ def _progress(num_steps: int, last: int, written: datetime | None) -> str:
     return f"Not finished: at step {last} of {num_steps}; the last numbers came at {written:%Y-%m-%d %H:%M} UTC."
 
 
-def _advice(folder: Path, stages: Sequence[Mapping[str, Any]], steps: Mapping[int, Numbers], unread: int) -> str:
-    if unread or not any("seconds/wait" in line for line in steps.values()):
+def _advice(folder: Path, stages: Sequence[Mapping[str, Any]], steps: Mapping[int, Numbers]) -> str:
+    if not any("seconds/wait" in line for line in steps.values()):
         return ""
     return advice(folder, max(stage.get("max_staleness", 0) for stage in stages))
 
