@@ -11,7 +11,7 @@ LLaMA 7B. Its epochs, batch and schedule, which begins at a share of 0.2 with a 
 that the script does not reproduce the row (jongwooko/distillm#15).
 """
 
-from dolly import LARGE, TRAINING_ROWS, dolly, epochs, fine_tuned, first_sft
+from dolly import LARGE, dolly, epochs, fine_tuned, first_sft
 
 from raykd.algorithms import AdaptiveSchedule, DistiLLM
 from raykd.cli import main
@@ -24,7 +24,6 @@ EXPERIMENT = dolly(
     student="openlm-research/open_llama_3b_v2",
     teacher=fine_tuned("openllama2-7B"),
     layout=LARGE,
-    measure_every=TRAINING_ROWS // 32,
 )
 
 if __name__ == "__main__":

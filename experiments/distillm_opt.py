@@ -9,7 +9,7 @@ here.
 
 from functools import partial
 
-from dolly import SMALL, TRAINING_ROWS, dolly, epochs, fine_tuned, first_sft
+from dolly import SMALL, dolly, epochs, fine_tuned, first_sft
 
 from raykd.algorithms import DistiLLM
 from raykd.cli import main
@@ -27,7 +27,6 @@ def of_size(size: str) -> Experiment:
         student=student,
         teacher=fine_tuned("opt-2.7B"),
         layout=SMALL,
-        measure_every=TRAINING_ROWS // 32,
     )
 
 

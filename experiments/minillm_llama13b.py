@@ -71,7 +71,7 @@ def tiny() -> Experiment:
             "rollout": EXPERIMENT.rollout.model_copy(update={"gpus": 0, "engine": on_cpu}),
             "teachers": EXPERIMENT.teachers.model_copy(update={"gpus": 0, "dtype": "float32", "engine": on_cpu}),
             "learner": EXPERIMENT.learner.model_copy(update={"gpus": 0, "dtype": "float32"}),
-            "evaluation": EvaluationConfig(prompts=8),
+            "evaluation": EvaluationConfig(prompts=8, every=2),
             "tracking": TrackingConfig(wandb=False),
             "checkpoint_every": 0,
         }

@@ -2,8 +2,8 @@
 
 Dolly Rouge-L (arXiv 2306.08543): gpt2-120M 23.3, gpt2-760M 25.4, gpt2-1.5B 27.6 (a teacher), opt-1.3B 26.0, opt-6.7B 27.6,
 opt-13B 29.2 (a teacher), llama-7B 26.3, llama-13B 29.7 (a teacher). Rates and epochs are those of the public scripts
-(microsoft/LMOps); the papers keep the checkpoint of highest validation Rouge-L, this file the last. OpenLLaMA2, whose scripts
-(jongwooko/distillm) fine-tune with LoRA, has LLaMA's settings: all weights are trained here.
+(microsoft/LMOps). OpenLLaMA2, whose scripts (jongwooko/distillm) fine-tune with LoRA, has LLaMA's settings: all weights are
+trained here.
 """
 
 from functools import partial
