@@ -1,6 +1,7 @@
 """The command ``raykd``: what is done with models once they are there. A training run is a file of its own, see experiments/."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -116,9 +117,27 @@ class Report(BaseModel):
         console.print(f"report: {write_report(self.runs, self.output)}", highlight=False, soft_wrap=True)
 
 
+class Dashboard(BaseModel):
+    """The report's curves as a workspace of a Weights & Biases project: the same names, sections and order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    entity: str
+    """Whose project it is: a user or a team."""
+    project: str = "raykd"
+
+    def run(self, console: Console) -> None:
+        from raykd.report.dashboard import dashboard
+
+        if not os.environ.get("WANDB_API_KEY"):
+            raise ValueError("WANDB_API_KEY is not set: a dashboard is kept by Weights & Biases; raykd report needs no account")
+        console.print(f"dashboard: {dashboard(self.entity, self.project).save().url}", highlight=False, soft_wrap=True)
+
+
 app = SubcommandApp()
 app.command(name="evaluate")(Evaluate)
 app.command(name="report")(Report)
+app.command(name="dashboard")(Dashboard)
 
 
 def main() -> None:

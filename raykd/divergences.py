@@ -139,7 +139,7 @@ def alpha_beta(student: Tensor, teacher: Tensor, alpha: float, beta: float) -> T
 
 def _kl(first: Tensor, second: Tensor) -> Tensor:
     """sum_v exp(first) (first - second), with 0 log 0 = 0; +inf, without a gradient, where only ``second`` has no mass."""
-    return _KL.apply(first, second)  # pyright: ignore[reportReturnType]  torch does not say what it returns
+    return _KL.apply(first, second)
 
 
 class _KL(torch.autograd.Function):

@@ -22,6 +22,7 @@ from raykd.experiment import EvaluationConfig, Experiment, Model, Stage
 from raykd.prompts import Pairs
 from raykd.report import write_report
 from raykd.report.charts import averaged
+from raykd.report.dashboard import dashboard
 from raykd.report.folders import read_run
 from raykd.report.tables import differences
 from raykd.run import new_folder
@@ -322,3 +323,11 @@ def test_the_browser_would_notice(browser: Tab, tmp_path: Path):
     page.write_text("<script>console.error('a complaint')</script><img src='http://127.0.0.1:9/x.png'>")
     browser.open(page, 1280)
     assert "a complaint" in " ".join(browser.said) and "http://127.0.0.1:9/x.png" in browser.requests
+
+
+def test_the_dashboard_shows_the_reports_numbers_under_their_names() -> None:
+    sections = dashboard("someone", "raykd").sections
+    shown = [metric for section in sections for panel in section.panels for metric in getattr(panel, "y", [])]
+    assert {"heldout/reverse_kl", "loss", "entropy", "importance_weight", "grad_norm", "seconds/generate"} <= set(shown)
+    assert len(shown) == len(set(shown))
+    assert [section.name for section in sections if section.is_open] == ["Held-out quality", "Loss"]

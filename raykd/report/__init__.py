@@ -4,6 +4,7 @@ folders       what a run directory or an evaluation holds, unfinished and damage
 meanings      what every metric means, its unit, and what to look for
 charts        numbers -> SVG
 page          everything -> page.html, the template
+dashboard     the same curves on Weights & Biases
 """
 
 from raykd.report.page import write_report

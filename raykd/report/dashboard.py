@@ -1,0 +1,42 @@
+"""The report's curves as a Weights & Biases workspace: the same names, sections and order."""
+
+from wandb_workspaces.reports.v2 import LinePlot
+from wandb_workspaces.reports.v2.interface import PanelTypes
+from wandb_workspaces.workspaces import Section, Workspace
+
+from raykd.report.meanings import HELD_OUT, LOSS, SECTIONS, VERBS
+from raykd.report.meanings import Section as Described
+
+
+def dashboard(entity: str, project: str, name: str = "raykd") -> Workspace:
+    """Not saved yet: ``save()`` needs a key and gives the page its ``url``."""
+    training = [described for described in SECTIONS if described.metrics]
+    return Workspace(
+        entity=entity,
+        project=project,
+        name=name,
+        sections=[
+            _section(HELD_OUT, "heldout/", is_open=True),
+            Section(name="Loss", panels=[_panel(["loss"], f"{LOSS.title} [{LOSS.unit}]")], is_open=True),
+            *(_section(described, "", is_open=False) for described in training),
+            Section(
+                name="Time",
+                panels=[
+                    _panel([f"{unit}/{verb}" for verb in VERBS], f"{unit.title()} of each stage, per step")
+                    for unit in ("seconds", "tokens")
+                ],
+            ),
+        ],
+    )
+
+
+def _section(described: Described, prefix: str, *, is_open: bool) -> Section:
+    panels: list[PanelTypes] = [
+        _panel([prefix + name], f"{meaning.title} [{meaning.unit}]" if meaning.unit else meaning.title)
+        for name, meaning in described.metrics.items()
+    ]
+    return Section(name=described.title, panels=panels, is_open=is_open)
+
+
+def _panel(metrics: list[str], title: str) -> LinePlot:
+    return LinePlot(x="Step", y=list(metrics), title=title)
