@@ -61,6 +61,9 @@ class Stage(_Value):
     samples_per_prompt: Positive = 1
     max_staleness: int = Field(default=0, ge=0)
     """Phases that are written and scored ahead of the learner, while it learns from earlier ones. 0: everything in turn."""
+    replay: Replay | None = None
+    """How long responses are kept for another use, in place of the algorithm's own bounds. ``samples_per_insert`` is then the
+    number of passes over a phase's responses; without it, batches are drawn from all that are held."""
     optimiser: Optimiser = Optimiser()
     keep: Kept = "last"
     """Which weights leave the stage: the last, or those that were best by this held-out number, at a multiple of
@@ -74,17 +77,18 @@ class Stage(_Value):
     @property
     def steps_per_phase(self) -> int:
         """Optimiser steps between two calls to the rollout fleet."""
-        return self.rows_per_phase // self.batch_size * self.algorithm.inner_epochs
+        passes = (self.replay.samples_per_insert if self.replay else None) or self.algorithm.inner_epochs
+        return self.rows_per_phase // self.batch_size * passes
 
     @property
-    def replay(self) -> Replay:
-        """The bounds of the replay buffer: the algorithm's own, else every response is used in its phase alone."""
+    def bounds(self) -> Replay:
+        """Of the replay buffer: the stage's, else the algorithm's own, else every response is used in its phase alone."""
         for_a_phase = Replay(
             capacity=self.rows_per_phase,
             max_staleness=self.steps_per_phase * (self.max_staleness + 1),
             samples_per_insert=self.algorithm.inner_epochs,
         )
-        return self.algorithm.replay or for_a_phase
+        return self.replay or self.algorithm.replay or for_a_phase
 
     @model_validator(mode="after")
     def _divisible(self) -> Self:
@@ -96,6 +100,24 @@ class Stage(_Value):
         if self.batch_size % self.samples_per_prompt:
             raise ValueError(
                 f"samples_per_prompt {self.samples_per_prompt} does not divide batch_size {self.batch_size}; change one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _replayable(self) -> Self:
+        if self.replay is None:
+            return self
+        oldest = self.steps_per_phase * (self.max_staleness + 1) - 1
+        stays = oldest if self.replay.max_staleness is None else self.replay.max_staleness
+        if self.replay.capacity < self.rows_per_phase or stays < oldest:
+            raise ValueError(
+                f"replay would lose responses before they are learned from: a phase writes {self.rows_per_phase}, and the last "
+                f"of them is used {oldest} steps later; raise replay.capacity and replay.max_staleness to that at least"
+            )
+        writers = {Source.STUDENT if writer is Source.MIXED else writer for writer in self.algorithm.writers}
+        if unwritten := {author for author, share in (self.replay.shares or {}).items() if share} - writers:
+            raise ValueError(
+                f"replay.shares names {', '.join(sorted(unwritten))}, which {type(self.algorithm).__name__} has nobody write"
             )
         return self
 

@@ -1,6 +1,8 @@
 """The replay buffer: owns token records, holds references to teacher scores, decides how often a row is learned from.
 
 Tokens are the truth, scores a cache: the teacher is frozen, so a lost score is computed again, a lost token would be a bug.
+Memory is bounded by the capacity and by Ray: referenced scores that its object store has no room for go to the disk
+(``object_spilling_directory`` of ``ray start``) and come back when a learner fetches them.
 """
 
 import math
@@ -11,25 +13,28 @@ from typing import Any
 import numpy as np
 
 from raykd.algorithms.base import Replay
-from raykd.records import Row
+from raykd.records import Row, Source
 
 
 class ReplayBuffer:
-    """First in, first out, with the three bounds of a ``Replay``: capacity, staleness, uses of a row.
+    """First in, first out, with the bounds of a ``Replay``: capacity, staleness, uses of a row, shares of a batch.
 
     Rows with the most uses left are drawn first, uniformly without replacement among equals: ``samples_per_insert = k`` on a
-    freshly filled buffer is therefore exactly k shuffled epochs over it, and without a bound every draw is uniform.
+    freshly filled buffer is therefore exactly k shuffled epochs over it, and without a bound every draw is uniform. With shares
+    the draw is stratified: of n rows so far, a writer with share s has written n s, less than one row more or less.
     """
 
     def __init__(self, seed: int = 0) -> None:
         self._bounds = Replay()
         self._rows: list[Row] = []
         self._uses_left: list[float] = []
+        self._owed: dict[Source, float] = {}
         self._random = np.random.default_rng(seed)
 
     def begin(self, bounds: Replay) -> None:
         """Forget every row: a stage starts with rows and bounds of its own."""
         self._bounds = bounds
+        self._owed = dict.fromkeys(bounds.shares or {}, 0.0)
         self._keep([])
 
     def add(self, rows: Sequence[Row]) -> None:
@@ -47,11 +52,13 @@ class ReplayBuffer:
     def sample(self, count: int, version: int) -> list[Row]:
         """Up to ``count`` distinct rows that are fresh enough at policy version ``version``; their uses are spent.
 
-        Fewer come back when fewer are held: the caller then generates. Rows from the data set never grow stale.
+        Fewer come back when fewer are held: the caller then generates. Rows from the data set never grow stale. Where a writer
+        has too few rows for its share, others take their places.
         """
         self._drop_stale(version)
         order = self._random.permutation(len(self._rows))
-        chosen = sorted(order, key=lambda i: -self._uses_left[i])[:count]  # sorted is stable: ties stay shuffled
+        order = sorted(order, key=lambda i: -self._uses_left[i])  # sorted is stable: ties stay shuffled
+        chosen = self._stratified(order, count)[:count]
         rows = [self._rows[i] for i in chosen]
         for i in chosen:
             self._uses_left[i] -= 1
@@ -64,12 +71,14 @@ class ReplayBuffer:
             "bounds": self._bounds,
             "rows": [replace(row, scores=None, index=0) for row in self._rows],
             "uses_left": list(self._uses_left),
+            "owed": dict(self._owed),
             "random": self._random.bit_generator.state,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state``."""
         self._bounds, self._rows, self._uses_left = state["bounds"], list(state["rows"]), list(state["uses_left"])
+        self._owed = dict(state["owed"])
         self._random.bit_generator.state = state["random"]
 
     def rows(self) -> list[Row]:
@@ -80,6 +89,31 @@ class ReplayBuffer:
         """The same rows with their scores computed again."""
         assert [row.rollout for row in rows] == [row.rollout for row in self._rows], "rows change in their scores alone"
         self._rows = list(rows)
+
+    def _stratified(self, order: list[int], count: int) -> list[int]:
+        """The order with each writer's next rows in front, as many as its share of ``count``."""
+        if not self._owed:
+            return order
+        first: list[int] = []
+        quotas = self._quotas(min(count, len(order)))
+        for i in order:
+            author = self._rows[i].rollout.source
+            author = Source.STUDENT if author is Source.MIXED else author
+            if quotas.get(author, 0) > 0:
+                quotas[author] -= 1
+                first.append(i)
+        return [*first, *(i for i in order if i not in first)]
+
+    def _quotas(self, count: int) -> dict[Source, int]:
+        """Whole rows of each writer, ``count`` in all; what rounding leaves is owed to it, or by it, in later batches."""
+        for author, share in (self._bounds.shares or {}).items():
+            self._owed[author] += share * count
+        quotas = {author: max(0, math.floor(owed)) for author, owed in self._owed.items()}
+        for author in sorted(quotas, key=lambda a: quotas[a] - self._owed[a])[: count - sum(quotas.values())]:
+            quotas[author] += 1
+        for author, quota in quotas.items():
+            self._owed[author] -= quota
+        return quotas
 
     def _drop_stale(self, version: int) -> None:
         limit = self._bounds.max_staleness

@@ -33,7 +33,7 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
         stage = experiment.stages[at.stage]
         if at.step == 0:
             workers.begin(stage.optimiser)
-            workers.call_replay("begin", stage.replay)
+            workers.call_replay("begin", stage.bounds)
             del at.held_out[:-1]  # the last one was measured before this stage
             at.best = {}
         else:

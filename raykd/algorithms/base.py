@@ -14,10 +14,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from raykd.records import Batch, Row, Source
@@ -26,6 +26,9 @@ PerToken = dict[str, Tensor]
 
 Reduction = Literal["token_mean", "sequence_mean", "sequence_sum"]
 """Sum of the tokens / all tokens; mean of each response / all responses; sum of the tokens / all responses."""
+
+
+Author = Literal[Source.DATASET, Source.STUDENT, Source.TEACHER]
 
 
 class Needs(StrEnum):
@@ -109,6 +112,14 @@ class Replay(BaseModel):
     """Oldest policy version that is learned from, in optimiser steps before the current one; None: any."""
     samples_per_insert: int | None = Field(default=None, ge=1)
     """Uses of a row; None: as many as come, uniformly."""
+    shares: dict[Author, float] | None = None
+    """Share of each writer's rows in a batch, teacher-mixed ones counting as the student's; None: as they come."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if self.shares is not None and (min(self.shares.values(), default=-1) < 0 or abs(sum(self.shares.values()) - 1) > 1e-9):
+            raise ValueError(f"shares must be non-negative and sum to 1, got {self.shares}")
+        return self
 
 
 class Algorithm(BaseModel, ABC):
