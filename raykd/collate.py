@@ -1,6 +1,6 @@
-"""Rows of the replay buffer -> what one forward pass of the learner reads: dealt to ranks, cut into micro-batches, right-padded.
+"""Rows of the replay buffer -> what one forward pass of the learner reads: dealt to ranks, cut into micro-batches, laid out.
 
-Shape legend: B sequences, S input positions, T response tokens, N predicted response tokens of the B sequences end to end,
+Shape legend: B sequences, T response tokens, N predicted response tokens of the B sequences end to end,
 V vocabulary, H hidden width of the teacher.
 """
 
@@ -13,11 +13,14 @@ from torch import Tensor
 
 from raykd.algorithms.base import Algorithm, Needs
 from raykd.logprobs import mixture_logprobs
+from raykd.packing import Layout, packed, padded
 from raykd.projection import Head
 from raykd.records import Batch, Row, Scores, Source, Totals
 
 Fetch = Callable[[Any], Scores]
 """A reference to a block of scores -> the block."""
+Lay = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], int], Layout]
+"""``packing.packed`` or ``packing.padded``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,14 +36,13 @@ class LossTerm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Some rows, right-padded. Entry n of the [N] tensors is a predicted response token; padding never enters them."""
+    """Some rows. Entry n of the [N] tensors is a predicted response token; padding never enters them."""
 
-    input_ids: Tensor
-    """[B, S] int64. No attention mask: under causal attention nothing real ever looks at padding on its right."""
+    layout: Layout
     sequences: Tensor
-    """[N] int64: which row of ``input_ids`` the token belongs to."""
+    """[N] int64: which row the token belongs to."""
     positions: Tensor
-    """[N] int64: the input position that predicts it."""
+    """[N] int64: which of the layout's positions predicts it."""
     slots: Tensor
     """[N] int64: its index within the response."""
     tokens: Tensor
@@ -79,9 +81,9 @@ def length(row: Row) -> int:
     return len(row.rollout.prompt_tokens) + len(row.rollout.tokens)
 
 
-def micro_batches(rows: Sequence[Row], size: int) -> list[list[Row]]:
-    """At most ``size`` rows each, of similar length, so that little is padding."""
-    ordered = sorted(rows, key=length, reverse=True)
+def micro_batches(rows: Sequence[Row], size: int, lay: Lay = padded) -> list[list[Row]]:
+    """At most ``size`` rows each: packed, those of one prompt together; padded, those of similar length."""
+    ordered = sorted(rows, key=lambda row: row.rollout.prompt_tokens if lay is packed else length(row), reverse=True)
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
@@ -94,9 +96,10 @@ def collate(
     teacher_head: Head | None,
     vocab_size: int,
     pad_id: int,
+    lay: Lay = padded,
 ) -> MicroBatch:
-    """Pad rows into one micro-batch. No rows give a row of padding and N = 0: ranks without work still join the collectives."""
-    inputs = [(row.rollout.prompt_tokens + row.rollout.tokens)[:-1] for row in rows] or [()]
+    """Lay rows out as one micro-batch. No rows give one token and N = 0: ranks without work still join the collectives."""
+    layout = lay([row.rollout.prompt_tokens for row in rows], [row.rollout.tokens for row in rows], pad_id)
     responses = [row.rollout.tokens for row in rows] or [()]
     # A text without a prompt is predicted from its second token on: nothing predicts the first.
     firsts = [0 if row.rollout.prompt_tokens else 1 for row in rows] or [0]
@@ -106,10 +109,10 @@ def collate(
     sequences = [b for b, slots in enumerate(predicted) for _ in slots]
     slots = [slot for slots in predicted for slot in slots]
     tokens = [responses[b][slot] for b, slot in zip(sequences, slots, strict=True)]
-    positions = [slot + len(inputs[b]) - len(responses[b]) for b, slot in zip(sequences, slots, strict=True)]
+    positions = [layout.predictors[b][slot] for b, slot in zip(sequences, slots, strict=True)]
     teacher = _teacher_rows(scores, firsts, teacher_head, vocab_size) if algorithm.needs is Needs.DISTRIBUTION else _NO_TEACHER
     return MicroBatch(
-        input_ids=_padded(inputs, pad_id, torch.int64),
+        layout=layout,
         sequences=torch.tensor(sequences, dtype=torch.int64),
         positions=torch.tensor(positions, dtype=torch.int64),
         slots=torch.tensor(slots, dtype=torch.int64),
@@ -211,4 +214,6 @@ def _moved(value: Any, device: torch.device) -> Any:
             moved[field.name] = item.to(device, non_blocking=True)
         elif isinstance(item, Batch):
             moved[field.name] = _moved(item, device)
+        elif isinstance(item, Layout):
+            moved[field.name] = item.to(device)
     return replace(value, **moved)

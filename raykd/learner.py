@@ -183,7 +183,7 @@ class Learner:
 
     def _schedule(self, terms: Sequence[LossTerm]) -> list[tuple[LossTerm, list[Row]]]:
         """The micro-batches of a step, as many on every rank: one with fewer rows runs empty ones."""
-        batches = [micro_batches(term.rows, self.config.micro_batch) for term in terms]
+        batches = [micro_batches(term.rows, self.config.micro_batch, self._student.lay) for term in terms]
         counts = torch.tensor([len(of_term) for of_term in batches], device=self.device)
         dist.all_reduce(counts, op=dist.ReduceOp.MAX)
         if not counts.any():
@@ -203,6 +203,7 @@ class Learner:
             teacher_head=self._teacher_head,
             vocab_size=self._vocab_size,
             pad_id=self._pad_id,
+            lay=self._student.lay,
         ).to(self.device)
 
     def _update(self) -> float:

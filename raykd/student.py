@@ -1,6 +1,6 @@
 """The student as the learner trains it: one module whose forward goes from token ids to the loss, never holding ``[N, V]``.
 
-    input ids [B, S] -> body -> hidden [B, S, H] -> rows that predict response tokens [N, H]
+    tokens, laid out -> body -> hidden states -> those that predict response tokens [N, H]
                      -> head and teacher, a chunk at a time -> the loss, and the sum of every metric
 
 Everything differentiable happens inside this forward, so that ZeRO-3 gathers the weights, the head's too, where they are used.
@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from raykd.algorithms.base import Algorithm
 from raykd.collate import MicroBatch
 from raykd.logprobs import gather
+from raykd.packing import can_pack, packed, padded
 from raykd.projection import Head, Probe, Reduce, weighted_loss
 from raykd.records import Batch
 
@@ -99,17 +100,18 @@ class Student(nn.Module):
         self.output = StudentHead(_linear_head(self.model, folder, vocab_size), *logit_scale_and_softcap(config))
         self._teacher_head, self._vocab_size, self._chunk = teacher_head, vocab_size, chunk
         self._verify_head(folder)
+        self.lay = packed if can_pack(self.model) else padded
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.train()
 
     def forward(self, micro: MicroBatch, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the loss and of every metric."""
-        hidden_BSH = self.model.base_model(input_ids=micro.input_ids, use_cache=False).last_hidden_state
+        hidden = micro.layout.states(self.model.base_model)
         tokens_N = (micro.sequences, micro.slots)
         per_sequence = algorithm.per_sequence(micro.batch)
         loss, sums = self.output(
-            hidden_BSH[micro.sequences, micro.positions],
+            hidden[micro.positions],
             algorithm.token_weights(micro.batch)[tokens_N],
             micro=micro,
             algorithm=algorithm,

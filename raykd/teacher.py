@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from raykd.algorithms.base import Needs
 from raykd.experiment import TeacherConfig
+from raykd.packing import can_pack, packed, padded
 from raykd.projection import Head, teacher_probe
 from raykd.records import Rollout, Scores
 from raykd.student import logit_scale_and_softcap
@@ -23,6 +24,7 @@ class Teacher:
         causal.to(self.device)  # pyright: ignore[reportArgumentType]  transformers wraps it without its signature
         causal = causal.eval().requires_grad_(False)
         self._causal: Any = causal  # its ``generate`` has no usable annotations
+        self._lay = packed if can_pack(causal) else padded
         self._body = causal.base_model
         self._head = head_of(causal).cut(vocab_size)
         self.config, self.vocab_size = config, vocab_size
@@ -36,7 +38,7 @@ class Teacher:
     def score(self, rollouts: Sequence[Rollout], needs: Needs) -> Scores:
         """Score the responses; the block's rows follow the order of ``rollouts``."""
         hidden: list[Tensor] = [torch.empty(0)] * len(rollouts)
-        for batch in _by_length(rollouts, self.config.batch_tokens):
+        for batch in _batches(rollouts, self.config.batch_tokens, packs=self._lay is packed):
             for index, rows in zip(batch, self._response_states([rollouts[i] for i in batch]), strict=True):
                 hidden[index] = rows
         states = torch.cat(hidden)
@@ -74,17 +76,9 @@ class Teacher:
 
     def _response_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """For each rollout the states [T, H] of the positions that predict its response."""
-        sequences = [rollout.prompt_tokens + rollout.tokens for rollout in rollouts]
-        width = max(map(len, sequences))
-        ids = torch.zeros(len(sequences), width, dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence)] = 1
-        states = self._body(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), use_cache=False).last_hidden_state
-        # Nothing predicts the first token of a text without a prompt; its row is there to be left out.
-        positions = [[max(0, len(r.prompt_tokens) - 1 + slot) for slot in range(len(r.tokens))] for r in rollouts]
-        return [states[i, of_rollout] for i, of_rollout in enumerate(positions)]
+        layout = self._lay([rollout.prompt_tokens for rollout in rollouts], [rollout.tokens for rollout in rollouts], 0)
+        states = layout.to(self.device).states(self._body)
+        return [states[positions] for positions in layout.predictors]
 
 
 def head_of(model: PreTrainedModel) -> Head:
@@ -98,12 +92,17 @@ def head_of(model: PreTrainedModel) -> Head:
     return Head(weight=output.weight.detach(), bias=bias, scale=scale, softcap=softcap)
 
 
-def _by_length(rollouts: Sequence[Rollout], batch_tokens: int) -> list[list[int]]:
-    """Indices in batches of similar length whose padded size stays within ``batch_tokens`` (at least one a batch)."""
+def _batches(rollouts: Sequence[Rollout], batch_tokens: int, *, packs: bool) -> list[list[int]]:
+    """Indices in batches of at most ``batch_tokens`` positions, or one rollout: packed, those of one prompt together; padded,
+    those of similar length."""
+    lengths = [len(rollout.prompt_tokens) + len(rollout.tokens) for rollout in rollouts]
     batches: list[list[int]] = []
-    for index in sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt_tokens) + len(rollouts[i].tokens)):
-        length = len(rollouts[index].prompt_tokens) + len(rollouts[index].tokens)
-        if not batches or (len(batches[-1]) + 1) * length > batch_tokens:
+    size = 0
+    for index in sorted(range(len(rollouts)), key=lambda i: rollouts[i].prompt_tokens if packs else lengths[i]):
+        grown = size + lengths[index] if packs else (len(batches[-1]) + 1 if batches else 1) * lengths[index]
+        if not batches or grown > batch_tokens:
             batches.append([])
+            grown = lengths[index]
         batches[-1].append(index)
+        size = grown
     return batches

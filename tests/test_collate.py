@@ -64,9 +64,9 @@ def test_micro_batches_hold_every_row_longest_first() -> None:
 
 def test_position_n_predicts_response_token_n() -> None:
     micro = collated([make_row(2, 3), make_row(3, 1)], KD())
-    assert micro.input_ids.tolist() == [[1, 2, 5, 6], [1, 2, 3, 0]]  # the last token predicts nothing and is left out
+    assert micro.layout.input_ids.tolist() == [[1, 2, 5, 6], [1, 2, 3, 0]]  # the last token predicts nothing and is left out
     assert micro.sequences.tolist() == [0, 0, 0, 1]
-    assert micro.positions.tolist() == [1, 2, 3, 2]
+    assert micro.positions.tolist() == [1, 2, 3, 4 + 2]
     assert micro.slots.tolist() == [0, 1, 2, 0]
     assert micro.tokens.tolist() == [5, 6, 7, 5]
     assert micro.batch.tokens.tolist() == [[5, 6, 7], [5, 0, 0]]
@@ -78,7 +78,7 @@ def test_position_n_predicts_response_token_n() -> None:
 def test_a_text_without_a_prompt_is_predicted_from_its_second_token_on() -> None:
     row = make_row(0, 4)
     micro = collated([row], SFT())
-    assert micro.input_ids.tolist() == [[5, 6, 7]]
+    assert micro.layout.input_ids.tolist() == [[5, 6, 7]]
     assert micro.positions.tolist() == [0, 1, 2]
     assert micro.tokens.tolist() == [6, 7, 8]
     assert micro.batch.mask.tolist() == [[False, True, True, True]]
@@ -123,7 +123,7 @@ def test_a_pad_that_is_the_eos_hides_nothing() -> None:
     ended = make_row(3, 3, prompt_tokens=(1, eos, 2), tokens=(5, 6, eos), student_logprobs=(-1.0,) * 3)
     rows = [ended, make_row(1, 1, tokens=(eos,))]
     micro = collate(rows, KD(), Totals.of(rows), fetch=lambda block: block, teacher_head=HEAD, vocab_size=11, pad_id=eos)
-    assert micro.input_ids.tolist() == [[1, eos, 2, 5, 6], [1, eos, eos, eos, eos]]
+    assert micro.layout.input_ids.tolist() == [[1, eos, 2, 5, 6], [1, eos, eos, eos, eos]]
     assert micro.tokens.tolist() == [5, 6, eos, eos]
-    assert micro.positions.tolist() == [2, 3, 4, 0]
+    assert micro.positions.tolist() == [2, 3, 4, 5]
     assert micro.batch.mask.tolist() == [[True, True, True], [True, False, False]]

@@ -1,0 +1,457 @@
+"""On-policy distillation beside TRL's DistillationTrainer and GKDTrainer: seconds and memory of a step, phase by phase.
+
+    python benchmarks/vs_trl.py [check floor raykd overlap distillation gkd ...]
+
+Student 16M, teacher 53M (random-weight Llamas), GPT-2's tokenizer and vocabulary of 50,257, float32, two threads; 8 prompts of
+32 tokens, 128 new tokens each, reverse KL, AdamW. The prompts are of one length, so that nobody computes padding. Every
+contender is a process of its own, given the same models and prompts; ours is ``run(Experiment)`` with its actors, "overlap" the
+same with ``max_staleness`` 1. Medians of the steps after the first three. Memory is the high-water mark of resident memory of
+the process that learns; for ours also the sum over all actors, each with its own copy of the libraries (0.5 to 0.9 GB).
+
+"check": all three give the same loss and gradient on the same samples of unequal length. "floor": the matrix products of a
+step alone, each once: decoding, prefills, both heads, backward.
+
+TRL takes part where it can be imported: ``pip install --no-deps trl==1.16.0 accelerate``. RAYKD_DATA names the folder that holds
+``models/gpt2-tokenizer`` and TinyStories (default ../shared).
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "student": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "teacher": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
+}
+DATA = Path(os.environ.get("RAYKD_DATA", "../shared"))
+TOKENIZER = DATA / "models/gpt2-tokenizer"
+STORIES = DATA / "data/corpus_tinystories/tinystories_cased.jsonl.gz"
+BATCH, PROMPT, RESPONSE, THREADS = 8, 32, 128, 2
+STEPS = {"raykd": 13, "overlap": 13, "distillation": 8, "gkd": 8}
+WARM_UP = 3
+RATE = 1e-5
+RESULTS = Path(__file__).parent / "results" / "vs_trl.json"
+
+
+def prepare(folder: Path) -> None:
+    """Both models and the prompts. The final norms are scaled so that the distributions are not flat."""
+    from raykd.prompts import Documents, read_rows, tokenise_documents
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    for seed, (name, shape) in enumerate(SHAPES.items()):
+        torch.manual_seed(seed)
+        eos = tokenizer.eos_token_id
+        config = LlamaConfig(**shape, vocab_size=len(tokenizer), tie_word_embeddings=True, bos_token_id=eos, eos_token_id=eos)
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            model.model.norm.weight.mul_(8)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    source = Documents(path=str(STORIES), prompt_tokens=PROMPT, limit=1000)
+    prompts = tokenise_documents(read_rows(source), source, tokenizer, max_response=1)
+    texts = (tokenizer.decode(prompt.tokens) for prompt in prompts)
+    same = [text for text in texts if len(tokenizer(text).input_ids) == PROMPT]
+    with (folder / "prompts.jsonl").open("w") as file:
+        file.writelines(json.dumps({"prompt": text}) + "\n" for text in same[: BATCH * max(STEPS.values())])
+
+
+def raykd(folder: Path, max_staleness: int = 0) -> dict[str, Any]:
+    """The product's own run."""
+    from raykd.algorithms import GKD
+    from raykd.algorithms.gkd import ReverseKL
+    from raykd.experiment import (
+        EngineConfig,
+        EvaluationConfig,
+        Experiment,
+        LearnerConfig,
+        Model,
+        Optimiser,
+        RolloutConfig,
+        Stage,
+        TeacherConfig,
+        TrackingConfig,
+    )
+    from raykd.prompts import Pairs
+    from raykd.run import run
+
+    engine = EngineConfig(dtype="float32", threads=THREADS)
+    stage = Stage(
+        algorithm=GKD(divergence=ReverseKL()),
+        steps=STEPS["raykd"],
+        batch_size=BATCH,
+        max_staleness=max_staleness,
+        optimiser=Optimiser(learning_rate=RATE),
+    )
+    experiment = Experiment(
+        name="vs-trl",
+        student=Model(path=str(folder / "student")),
+        teacher=Model(path=str(folder / "teacher")),
+        data=Pairs(path=str(folder / "prompts.jsonl"), response=None),
+        stages=(stage,),
+        max_prompt=PROMPT,
+        max_response=RESPONSE,
+        rollout=RolloutConfig(engine=engine),
+        teachers=TeacherConfig(dtype="float32", engine=engine, threads=THREADS),
+        learner=LearnerConfig(dtype="float32", threads=THREADS),
+        evaluation=EvaluationConfig(prompts=0),
+        tracking=TrackingConfig(wandb=False),
+        runs=folder / "runs",
+    )
+    result = run(experiment)
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    verbs = ("generate", "score", "learn", "publish", "load", "wait")
+    return {
+        "step": [line["seconds"] - before["seconds"] for before, line in pairwise(lines)][WARM_UP - 1 :],
+        "tokens": [BATCH * line["response_length"] for line in lines][WARM_UP:],
+        **{verb: [line.get(f"seconds/{verb}", 0.0) for line in lines][WARM_UP:] for verb in verbs},
+    }
+
+
+def overlap(folder: Path) -> dict[str, Any]:
+    """The next responses are written while the learner learns."""
+    return raykd(folder, max_staleness=1)
+
+
+class Clock(TrainerCallback):
+    """Seconds of the steps of a Hugging Face trainer, and of generation in it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, list[float]] = {"step": [], "generate": [], "tokens": []}
+        self._begun = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Before the responses are written."""
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """After the optimiser."""
+        self.seconds["step"].append(time.perf_counter() - self._begun)
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Counts the time in it."""
+        started = time.perf_counter()
+        yield
+        self.seconds["generate"].append(time.perf_counter() - started)
+
+    def result(self) -> dict[str, list[float]]:
+        """What is not generation is scoring and learning."""
+        seconds = {name: values[WARM_UP:] for name, values in self.seconds.items()}
+        rest = [step - generate for step, generate in zip(seconds["step"], seconds["generate"], strict=True)]
+        return seconds | {"score and learn": rest}
+
+
+def trl_settings(folder: Path, steps: int) -> dict[str, Any]:
+    """Where TRL's defaults differ: float32, activations kept."""
+    return {
+        "output_dir": str(folder / "trl"),
+        "max_steps": steps,
+        "per_device_train_batch_size": BATCH,
+        "learning_rate": RATE,
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "temperature": 1.0,
+        "beta": 1.0,
+    }
+
+
+def distillation_trainer(folder: Path, clock: Clock) -> Any:
+    """TRL's DistillationTrainer, timed."""
+    from datasets import load_dataset
+    from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
+
+    class Timed(DistillationTrainer):
+        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+            with clock.generating():
+                return super()._generate_single_turn(*args, **kwargs)
+
+        def _compute_loss(self, model: Any, inputs: Any, *args: Any) -> Any:
+            clock.seconds["tokens"].append(int(inputs["completion_mask"].sum()))
+            return super()._compute_loss(model, inputs, *args)
+
+    return Timed(
+        model=AutoModelForCausalLM.from_pretrained(folder / "student"),
+        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher"),
+        args=DistillationConfig(**trl_settings(folder, STEPS["distillation"]), max_completion_length=RESPONSE),
+        train_dataset=load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train"),
+        processing_class=AutoTokenizer.from_pretrained(folder / "student", padding_side="left"),
+        callbacks=[clock],
+    )
+
+
+def gkd_trainer(folder: Path, clock: Clock) -> Any:
+    """TRL's GKDTrainer, timed; its chat template only joins the texts."""
+    from datasets import load_dataset
+    from trl.experimental.gkd import GKDConfig, GKDTrainer  # pyright: ignore[reportMissingImports]
+
+    class Timed(GKDTrainer):
+        @staticmethod
+        def generate_on_policy_outputs(*args: Any, **kwargs: Any) -> Any:
+            with clock.generating():
+                outputs = GKDTrainer.generate_on_policy_outputs(*args, **kwargs)
+            clock.seconds["tokens"].append(int((outputs[2] != -100).sum()))
+            return outputs
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+    def chat(row: dict[str, str]) -> dict[str, Any]:
+        return {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": " The"}]}
+
+    data = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train").map(chat, remove_columns=["prompt"])
+    settings = trl_settings(folder, STEPS["gkd"]) | {"lmbda": 1.0, "max_new_tokens": RESPONSE, "max_length": PROMPT + RESPONSE}
+    return Timed(
+        model=AutoModelForCausalLM.from_pretrained(folder / "student"),
+        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher"),
+        args=GKDConfig(**settings),
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+
+
+def distillation(folder: Path) -> dict[str, Any]:
+    """TRL's DistillationTrainer."""
+    clock = Clock()
+    distillation_trainer(folder, clock).train()
+    return clock.result()
+
+
+def gkd(folder: Path) -> dict[str, Any]:
+    """TRL's GKDTrainer."""
+    clock = Clock()
+    gkd_trainer(folder, clock).train()
+    return clock.result()
+
+
+def floor(folder: Path) -> dict[str, Any]:
+    """Nothing but the matrix products of a step, each once."""
+    torch.manual_seed(0)
+    heads = {name: torch.randn(50_257, SHAPES[name]["hidden_size"]) for name in SHAPES}
+    bodies = {name: [torch.randn(m, n) for m, n in _matrices(SHAPES[name])] for name in SHAPES}
+    written, length = BATCH * RESPONSE, BATCH * (PROMPT + RESPONSE)
+
+    def products(matrices: list[torch.Tensor], rows: int, backward: bool = False) -> None:
+        for matrix in matrices:
+            output = torch.randn(rows, matrix.shape[1]) @ matrix.T
+            if backward:
+                output @ matrix, output.T @ torch.empty(rows, matrix.shape[1])
+
+    def generate() -> None:
+        products(bodies["student"], BATCH * PROMPT)
+        for _ in range(RESPONSE):
+            products([*bodies["student"], heads["student"]], BATCH)
+
+    def score() -> None:
+        products(bodies["teacher"], length)
+
+    def learn() -> None:
+        products(bodies["student"], length, backward=True)
+        products([heads["student"]], written, backward=True)
+        products([heads["teacher"]], written)
+
+    phases: dict[str, Callable[[], None]] = {"generate": generate, "score": score, "learn": learn}
+    seconds: dict[str, list[float]] = {"step": [], **{name: [] for name in phases}}
+    for _ in range(WARM_UP + 3):
+        for name, phase in phases.items():
+            started = time.perf_counter()
+            phase()
+            seconds[name].append(time.perf_counter() - started)
+        seconds["step"].append(sum(seconds[name][-1] for name in phases))
+    return {name: values[WARM_UP:] for name, values in seconds.items()} | {"tokens": [written]}
+
+
+def _matrices(shape: dict[str, Any]) -> list[tuple[int, int]]:
+    width, inner = shape["hidden_size"], shape["intermediate_size"]
+    layer = [(width, width)] * 4 + [(inner, width)] * 2 + [(width, inner)]
+    return layer * shape["num_hidden_layers"]
+
+
+def check(folder: Path) -> dict[str, Any]:
+    """Losses and gradient norms of all three on the same tokens, responses of 5 to 40 tokens after prompts of 3 to 17."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [(3, 40), (17, 5), (9, 23), (12, 31)]
+    texts = [[torch.randint(50_000, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
+    longest = [max(pair[side] for pair in lengths) for side in range(2)]
+
+    def padded(side: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        ids = torch.zeros(len(texts), longest[side], dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            at = slice(longest[side] - len(text[side]), None) if left else slice(0, len(text[side]))
+            ids[row, at], mask[row, at] = torch.tensor(text[side]), 1
+        return ids, mask
+
+    (prompt_ids, prompt_mask), (completion_ids, completion_mask) = padded(0, left=True), padded(1, left=False)
+    count = completion_mask.sum()
+    found = {"raykd": _our_loss(folder, texts)}
+    trainer = distillation_trainer(folder, Clock())
+    inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
+    inputs |= {"completion_ids": completion_ids, "completion_mask": completion_mask}
+    found["distillation"] = _differentiated(trainer.model, trainer._compute_loss(trainer.model, inputs, count)[0])
+    trainer = gkd_trainer(folder, Clock())
+    ids, mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
+    labels = torch.where(torch.cat([torch.zeros_like(prompt_mask), completion_mask], 1) == 1, ids, -100)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    found["gkd"] = _differentiated(trainer.model, trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count))
+    for name, values in found.items():
+        for value, own in zip(values, found["raykd"], strict=True):
+            assert abs(value - own) < 1e-4 * max(1.0, abs(own)), f"{name} computes something else: {found}"
+    return {name: {"loss": loss, "gradient_norm": norm} for name, (loss, norm) in found.items()}
+
+
+def _our_loss(folder: Path, texts: list[list[list[int]]]) -> tuple[float, float]:
+    """As a learner's rank computes it from what a teacher's worker sends."""
+    from raykd.algorithms import GKD
+    from raykd.algorithms.base import Needs
+    from raykd.algorithms.gkd import ReverseKL
+    from raykd.collate import collate
+    from raykd.experiment import TeacherConfig
+    from raykd.records import Rollout, Row, Source, Totals
+    from raykd.student import Student
+    from raykd.teacher import Teacher
+
+    teacher, size = Teacher(str(folder / "teacher"), TeacherConfig(dtype="float32"), vocab_size=50_257), {"vocab_size": 50_257}
+    rollouts = [
+        Rollout(prompt_id=str(i), sample=0, prompt_tokens=tuple(prompt), tokens=tuple(response), source=Source.DATASET)
+        for i, (prompt, response) in enumerate(texts)
+    ]
+    scores, algorithm = teacher.score(rollouts, Needs.DISTRIBUTION), GKD(divergence=ReverseKL())
+    rows = [
+        Row(rollout=rollout, scores=scores, index=i, teacher_logprobs=tuple(scores.row(i).logprobs.tolist()))
+        for i, rollout in enumerate(rollouts)
+    ]
+    student = Student(
+        str(folder / "student"),
+        dtype=torch.float32,
+        chunk=None,
+        teacher_head=teacher.head(),
+        activation_checkpointing=False,
+        **size,
+    )
+    micro = collate(rows, algorithm, Totals.of(rows), fetch=lambda x: x, teacher_head=teacher.head(), pad_id=0, **size)
+    return _differentiated(student.model, student(micro, algorithm)[0])
+
+
+def _differentiated(model: Any, loss: torch.Tensor) -> tuple[float, float]:
+    loss.backward()
+    return float(loss), float(torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")))
+
+
+CONTENDERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "check": check,
+    "floor": floor,
+    "raykd": raykd,
+    "overlap": overlap,
+    "distillation": distillation,
+    "gkd": gkd,
+}
+
+
+class Memory(threading.Thread):
+    """High-water marks, in MB, of a process and all below it, by name; sampled until the process ends."""
+
+    def __init__(self, process: psutil.Process) -> None:
+        super().__init__(daemon=True)
+        self._process = process
+        self._marks: dict[tuple[str, int], float] = {}
+
+    def run(self) -> None:
+        """Sample."""
+        while self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE:
+            for process in [self._process, *self._process.children(recursive=True)]:
+                try:
+                    status = Path(f"/proc/{process.pid}/status").read_text()
+                    name = process.cmdline()[0].partition(".")[0]
+                except (OSError, psutil.Error, IndexError):
+                    continue  # it has just ended
+                for line in status.splitlines():
+                    if line.startswith("VmHWM"):
+                        self._marks[name, process.pid] = int(line.split()[1]) * 1024 / 1e6
+            time.sleep(0.25)
+
+    def peaks(self) -> dict[str, float]:
+        """The largest of each name: actors of Ray as ``ray::LearnerActor``; the process itself as ``driver``."""
+        peaks: dict[str, float] = {}
+        for (name, pid), mark in self._marks.items():
+            if pid == self._process.pid or (name.startswith("ray::") and name.endswith("Actor")):
+                key = "driver" if pid == self._process.pid else name.removeprefix("ray::").removesuffix("Actor").lower()
+                peaks[key] = round(max(peaks.get(key, 0.0), mark))
+        return peaks
+
+
+def measure(name: str, folder: Path) -> dict[str, Any]:
+    """A contender in a process of its own."""
+    output = folder / f"{name}.json"
+    command = [sys.executable, __file__, "--contender", name, str(folder), str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false"}
+    with (folder / f"{name}.log").open("w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process:
+        memory = Memory(psutil.Process(process.pid))
+        memory.start()
+        process.wait()
+        memory.join(5.0)
+    if process.returncode:
+        raise RuntimeError(f"{name} failed:\n{(folder / f'{name}.log').read_text()[-4000:]}")
+    found = json.loads(output.read_text())
+    if name == "check":
+        return found
+    tokens = statistics.median(found.pop("tokens"))
+    seconds = {phase: round(statistics.median(values), 3) for phase, values in found.items()}
+    row = {"steps": len(found["step"]), "seconds": seconds, "tokens_per_second": round(tokens / seconds["step"], 1)}
+    return row if name == "floor" else row | {"peak_megabytes": memory.peaks()}
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Everyone beside TRL's DistillationTrainer."""
+    shown = Table("", "s/step", "phases", "tokens/s", "x TRL", "learner MB", "all MB")
+    base = results.get("distillation", {}).get("tokens_per_second")
+    for name, row in results.items():
+        if name == "check":
+            continue
+        phases = ", ".join(f"{phase} {seconds:.2f}" for phase, seconds in row["seconds"].items() if phase != "step")
+        peaks = row.get("peak_megabytes", {})
+        memory = str(peaks.get("learner", peaks.get("driver", ""))), str(sum(peaks.values()) or "")
+        ratio = f"{row['tokens_per_second'] / base:.2f}" if base else ""
+        shown.add_row(name, f"{row['seconds']['step']:.2f}", phases, f"{row['tokens_per_second']:.0f}", ratio, *memory)
+    return shown
+
+
+def main(names: list[str]) -> None:
+    """Measure the named contenders, or all; write them beside those measured before."""
+    folder = Path(tempfile.mkdtemp(prefix="raykd-vs-trl-"))
+    prepare(folder)
+    RESULTS.parent.mkdir(exist_ok=True)
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in names or CONTENDERS:
+        results[name] = measure(name, folder)
+        RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+    Console().print(table(results))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--contender"]:
+        torch.set_num_threads(THREADS)
+        found = CONTENDERS[sys.argv[2]](Path(sys.argv[3]))
+        Path(sys.argv[4]).write_text(json.dumps(found))
+    else:
+        main(sys.argv[1:])

@@ -1,0 +1,165 @@
+"""Prompts and responses -> what a model's body reads: laid end to end without padding where the architecture allows it.
+
+    prompt a | response a1 | response a2 | prompt b + response b1        one row of S positions, S the number of real tokens
+
+Every response attends to its prompt and to itself. A prompt that several responses share stands once: it is computed once, and
+gets the gradients of all. Architectures whose attention does more (sliding windows, capped scores, recurrence) are read
+right-padded instead, one row a response; which it is, ``can_pack`` finds out by trying. Both give the same states.
+
+Shapes: R rows, S positions, H hidden width.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+ATTENTION = "raykd_packed"
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of packed and plain states, relative to the largest state."""
+
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Positions that attend to each other causally, and to all of ``before``."""
+
+    own: slice
+    before: slice | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Where the tokens stand."""
+
+    input_ids: Tensor
+    """[R, S] int64."""
+    predictors: list[list[int]]
+    """For each response, which of the R * S positions predicts each of its tokens; for the first token of a text without a
+    prompt, which nothing predicts, its own."""
+    position_ids: Tensor | None = None
+    """[1, S] where packed."""
+    segments: tuple[Segment, ...] | None = None
+    """Where packed."""
+
+    def to(self, device: torch.device) -> "Layout":
+        """The same on another device."""
+        positions = None if self.position_ids is None else self.position_ids.to(device)
+        ids = self.input_ids.to(device)
+        return Layout(input_ids=ids, predictors=self.predictors, position_ids=positions, segments=self.segments)
+
+    def states(self, body: Callable[..., Any]) -> Tensor:
+        """The last hidden states ``[R * S, H]``."""
+        packed = {} if self.segments is None else {"position_ids": self.position_ids, "segments": self.segments}
+        return body(input_ids=self.input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
+
+
+def padded(prompts: Sequence[Tokens], responses: Sequence[Tokens], pad_id: int) -> Layout:
+    """One row a response. No attention mask: under causal attention nothing real looks at padding on its right."""
+    rows = [[*prompt, *response][:-1] or [pad_id] for prompt, response in zip(prompts, responses, strict=True)] or [[pad_id]]
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
+    width = ids.shape[1]
+    predictors = [
+        [row * width + max(0, len(prompt) - 1 + slot) for slot in range(len(response))]
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+    return Layout(input_ids=ids, predictors=predictors)
+
+
+def packed(prompts: Sequence[Tokens], responses: Sequence[Tokens], pad_id: int) -> Layout:
+    """One row, the responses of a prompt behind it. The last token of a response predicts nothing and is left out."""
+    asked: dict[Tokens, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        asked.setdefault(tuple(prompt), []).append(index)
+    ids: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
+    predictors: list[list[int]] = [[]] * len(responses)
+
+    def lay(tokens: Tokens, first_position: int) -> slice:
+        start = len(ids)
+        ids.extend(tokens)
+        positions.extend(range(first_position, first_position + len(tokens)))
+        return slice(start, len(ids))
+
+    for prompt, indices in asked.items():
+        shared = lay(prompt, 0)
+        placed = [lay(responses[index][:-1], len(prompt)) for index in indices]
+        for index, own in zip(indices, placed, strict=True):
+            first = shared.stop - 1 if prompt else own.start
+            predictors[index] = [first, *range(own.start, own.stop)][: len(responses[index])]
+        if len(indices) == 1:
+            segments.append(Segment(slice(shared.start, placed[0].stop)))
+        else:
+            segments += [Segment(shared), *(Segment(own, shared if prompt else None) for own in placed)]
+    if not ids:
+        segments = [Segment(lay([pad_id], 0))]
+    return Layout(
+        input_ids=torch.tensor([ids]),
+        predictors=predictors,
+        position_ids=torch.tensor([positions]),
+        segments=tuple(segment for segment in segments if segment.own.stop > segment.own.start),
+    )
+
+
+@torch.no_grad()
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether packed and plain states are the same; if so, the model is set up to read both."""
+    usual = str(model.config._attn_implementation)
+    prompts, responses = ((1, 2, 3), (4, 5), (4, 5), ()), ((6, 7, 8), (9, 10), (11, 12, 13), (14, 15))
+    together, apart = (lay(prompts, responses, 0).to(model.device) for lay in (packed, padded))
+    plain = apart.states(model.base_model)
+    try:
+        model.set_attn_implementation(ATTENTION)
+        found = together.states(model.base_model)
+    except (TypeError, ValueError):  # its attention takes other arguments, or asks for what is not done here
+        error = math.inf
+    else:
+        pairs = zip(together.predictors, apart.predictors, strict=True)
+        error = max(float((found[one] - plain[other]).abs().max()) for one, other in pairs)
+    same = error <= TOLERANCE[plain.dtype] * float(plain.abs().max())
+    if not same:
+        model.set_attn_implementation(usual)
+    return same
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    segments: Sequence[Segment] | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Attention of each segment alone; ``[1, heads, S, width] -> [1, S, heads, width]``. Without segments, of whole rows."""
+    if segments is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
+    asked = [name for name in ("sliding_window", "softcap", "position_bias", "s_aux") if others.get(name) is not None]
+    if asked or attention_mask is not None or dropout:
+        raise ValueError(f"packed attention knows no {', '.join(asked) or 'mask and no dropout'}")
+
+    def attend(segment: Segment) -> Tensor:
+        q, k, v = (heads[:, :, segment.own] for heads in (query, key, value))
+        mask = None
+        if segment.before is not None:
+            k, v = (torch.cat([heads[:, :, segment.before], own], 2) for heads, own in ((key, k), (value, v)))
+            size = (q.shape[2], k.shape[2])
+            mask = torch.ones(size, dtype=torch.bool, device=q.device).tril(size[1] - size[0])
+        grouped = q.shape[1] != k.shape[1]
+        return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+
+    return torch.cat([attend(segment) for segment in segments], 2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
