@@ -49,6 +49,10 @@ class Optimiser(_Value):
     weight_decay: float = Field(default=0.0, ge=0)
     gradient_clip: float = Field(default=1.0, gt=0)
     """Largest global gradient norm."""
+    gradient_limit: float = Field(default=1e4, gt=0)
+    """A gradient whose norm is beyond it, or not a number, means nothing whatever it is clipped to: the step is skipped."""
+    max_skipped: Positive = 10
+    """So many steps skipped in a row end the run."""
 
 
 class Stage(_Value):

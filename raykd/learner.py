@@ -26,7 +26,7 @@ from torch import Tensor
 from raykd.collate import Fetch, LossTerm, MicroBatch, collate, micro_batches
 from raykd.experiment import LearnerConfig, Optimiser
 from raykd.projection import Head
-from raykd.rank import connect, deepspeed_config, zero_stage
+from raykd.rank import SteadyAdamW, connect, deepspeed_config, zero_stage
 from raykd.records import Row
 from raykd.student import Student
 from raykd.weights import Bucket, WeightUpdate, pack
@@ -41,7 +41,7 @@ class Learner:
     """Steps on the sum of its loss terms.
 
     The gradient is that of the sum over all ranks and micro-batches, exactly: denominators are global, and DeepSpeed's averaging
-    is undone. A step whose loss or gradient norm is not finite changes nothing and counts as skipped.
+    is undone. A step whose loss or gradient norm is not finite, or whose norm is absurd, changes nothing and counts as skipped.
     """
 
     def __init__(
@@ -69,17 +69,20 @@ class Learner:
             teacher_head=None if teacher_head is None else _on(teacher_head, self.device),
             activation_checkpointing=config.activation_checkpointing,
         )
+        self._optimiser, self._skipped_in_a_row = Optimiser(), 0
+        self._sharded_optimiser: Any = None
         import deepspeed
 
         if self.device.type == "cpu":  # its shared-memory collectives need a compiler, and hang between ranks on different nodes
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._gather = deepspeed.zero.GatheredParameters
-        adam = torch.optim.AdamW(self._student.parameters(), fused=self.device.type == "cuda" and not config.offload_optimiser)
+        fused = self.device.type == "cuda" and not config.offload_optimiser
+        adam = SteadyAdamW(self._student.parameters(), self._absurd, fused=fused)
         with redirect_stdout(None):  # its bfloat16 optimiser prints the memory use
             engine, *_ = deepspeed.initialize(model=self._student, optimizer=adam, config=deepspeed_config(config))
         self._engine: Any = engine  # DeepSpeed has no usable annotations
         self._state = self._student.model.state_dict(keep_vars=True)
-        self._clip = 1.0
+        self._sharded_optimiser = engine.optimizer if zero_stage(config) else None
 
     def begin(self, optimiser: Optimiser) -> None:
         """Start a stage: AdamW's moments are zero again and its hyper-parameters those given."""
@@ -89,7 +92,7 @@ class Learner:
                 value.zero_()
         for group in adam.param_groups:
             group.update(betas=optimiser.betas, eps=optimiser.eps, weight_decay=optimiser.weight_decay)
-        self._set_clip(optimiser.gradient_clip)
+        self._bound(optimiser)
 
     def step(self, terms: Sequence[LossTerm], learning_rate: float) -> dict[str, float]:
         """One optimiser step. Returns this rank's shares of every metric: summed over ranks they are the step's values."""
@@ -110,8 +113,10 @@ class Learner:
             metrics.add(_prefix(terms, term), term_metrics, loss.detach())
             self._engine.backward(loss * self.config.ranks)  # DeepSpeed divides by the ranks
         norm = self._update()
-        skipped = not math.isfinite(norm)
-        leader = {"grad_norm": 0.0 if skipped else norm, "learning_rate": learning_rate, "skipped": float(skipped)}
+        skipped = not norm <= self._optimiser.gradient_limit
+        self._count(skipped, norm)
+        finite_norm = norm if math.isfinite(norm) else 0.0
+        leader = {"grad_norm": finite_norm, "learning_rate": learning_rate, "skipped": float(skipped)}
         return metrics.values() | (leader if self.rank == 0 else {})
 
     @torch.no_grad()
@@ -140,7 +145,9 @@ class Learner:
         before = (folder / LATEST).read_text() if (folder / LATEST).exists() else None
         tag = f"checkpoint-{int(before.rpartition('-')[2]) + 1 if before else 0}"
         dist.barrier()
-        self._engine.save_checkpoint(str(folder), tag=tag, client_state={"gradient_clip": self._clip}, save_latest=False)
+        self._engine.save_checkpoint(
+            str(folder), tag=tag, client_state={"optimiser": self._optimiser.model_dump()}, save_latest=False
+        )
         dist.barrier()
         if self.rank == 0:
             (folder / tag / "learner.json").write_text(json.dumps(self._layout()))
@@ -162,7 +169,7 @@ class Learner:
                 f"{folder / tag} was written with {written}, this learner has {self._layout()}; use the same settings"
             )
         _, state = self._engine.load_checkpoint(str(folder), tag=tag)
-        self._set_clip(state["gradient_clip"])
+        self._bound(Optimiser(**state["optimiser"]))
 
     def save_student(self, folder: Path | str) -> None:
         """Write a plain Hugging Face folder (safetensors, configuration), whatever the ZeRO stage."""
@@ -207,25 +214,36 @@ class Learner:
         ).to(self.device)
 
     def _update(self) -> float:
-        """Clip and step, and return the gradient norm; without a finite one, drop the gradient and change nothing."""
-        if self._sharded:
+        """Clip and step, and return the gradient norm; where that is not finite or absurd, drop the gradient."""
+        if self._sharded_optimiser is not None:
             self._engine.step()
             return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self._student.parameters(), self._clip))
-        if math.isfinite(norm):
+        norm = float(torch.nn.utils.clip_grad_norm_(self._student.parameters(), self._optimiser.gradient_clip))
+        if norm <= self._optimiser.gradient_limit:
             self._engine.step()
         else:
             self._engine.zero_grad()
         return norm
 
-    @property
-    def _sharded(self) -> bool:
-        return zero_stage(self.config) > 0
+    def _absurd(self) -> bool:
+        """Under ZeRO, between the norm of the gradient and the optimiser's step: whether that must not be made."""
+        return self._sharded_optimiser is not None and (
+            self._sharded_optimiser._global_grad_norm > self._optimiser.gradient_limit
+        )
 
-    def _set_clip(self, norm: float) -> None:
-        self._clip = norm
-        if self._sharded:
-            self._engine.optimizer.clip_grad = norm
+    def _count(self, skipped: bool, norm: float) -> None:
+        """The norm is the same on all ranks: so is the end of all patience."""
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if self._skipped_in_a_row >= self._optimiser.max_skipped:
+            raise FloatingPointError(
+                f"{self._skipped_in_a_row} steps in a row were skipped, the last with gradient norm {norm:g}: lower the learning "
+                f"rate, look at the data, or raise gradient_limit {self._optimiser.gradient_limit:g}"
+            )
+
+    def _bound(self, optimiser: Optimiser) -> None:
+        self._optimiser = optimiser
+        if self._sharded_optimiser is not None:
+            self._sharded_optimiser.clip_grad = optimiser.gradient_clip
 
     def _layout(self) -> dict[str, Any]:
         """What a checkpoint depends on."""

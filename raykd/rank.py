@@ -4,11 +4,13 @@ import atexit
 import logging
 import os
 import warnings
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from raykd.experiment import LearnerConfig
 
@@ -21,6 +23,18 @@ def zero_stage(config: LearnerConfig) -> int:
     return max(config.zero_stage, 1) if config.dtype == "bfloat16" or config.offload_optimiser else config.zero_stage
 
 
+class SteadyAdamW(torch.optim.AdamW):
+    """AdamW that leaves weights and moments alone while ``skip`` is true: ZeRO knows the gradient's norm just before its step."""
+
+    def __init__(self, parameters: Iterable[Tensor], skip: Callable[[], bool], *, fused: bool) -> None:
+        super().__init__(parameters, fused=fused)
+        self._skip = skip
+
+    def step(self, closure: Any = None) -> Any:
+        """One step, or none."""
+        return None if self._skip() else super().step(closure)
+
+
 def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
     """DeepSpeed's own configuration. Accumulation, learning rate and, without ZeRO, clipping are the learner's."""
     stage = zero_stage(config)
@@ -31,6 +45,7 @@ def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
         "gradient_clipping": 1.0 if stage else 0.0,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": REDUCE_BUCKET, **offload},
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.dtype == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
     }

@@ -205,6 +205,7 @@ def train_case(rank: int, ranks: int, stage: ZeroStage, tied: bool, port: int, f
     out = folder / f"{ranks}-{stage}-{tied}"
     found["published"] = published(learner)
     learner.save_student(out / "student")
+    found["absurd"] = absurd_case(learner, rows, rank, ranks)
     found["skipped"], found["before"], found["after"] = nan_case(learner, rows, rank, ranks)
 
     learner.save(out / "checkpoints")
@@ -240,6 +241,23 @@ def nan_case(learner: Any, rows: dict[str, list[Row]], rank: int, ranks: int) ->
     terms = terms_of(MiniLLM(), {**rows, "rows": [spoiled, *rows["rows"][1:]]}, 0, rank, ranks)
     before = published(learner)
     return learner.step(terms, 1e-2).get("skipped"), before, published(learner)
+
+
+def absurd_case(learner: Any, rows: dict[str, list[Row]], rank: int, ranks: int) -> dict[str, Any]:
+    """Gradient norms beyond the limit; the third in a row ends it. Weights and moments are those of before."""
+    terms = terms_of(KD(), rows, 0, rank, ranks)
+    learner.begin(OPTIMISER.model_copy(update={"gradient_limit": 1e-3, "max_skipped": 3}))
+    before = published(learner)
+    found: dict[str, Any] = {"steps": [learner.step(terms, 1e-2) for _ in range(2)]}
+    try:
+        learner.step(terms, 1e-2)
+    except FloatingPointError as error:
+        found["message"] = str(error)
+    found["unchanged"] = all(torch.equal(before[name], tensor) for name, tensor in published(learner).items())
+    learner.begin(OPTIMISER)
+    found["loss"] = learner.step(terms, 0.0)["loss"]  # a step of length 0 counts, its moments are zeroed below
+    learner.begin(OPTIMISER)
+    return found
 
 
 def bfloat16_case(stage: ZeroStage, port: int, folder: Path) -> dict[str, Any]:
@@ -383,6 +401,18 @@ def test_a_row_that_is_not_a_number_changes_no_weight(runs: dict[int, Any], stag
     found = runs[0][stage, tied]
     assert found["skipped"] == 1
     assert all(torch.equal(found["before"][name], found["after"][name]) for name in found["before"])
+
+
+@each_case
+def test_an_absurd_gradient_changes_no_weight_and_ends_the_run_when_it_stays(
+    runs: dict[int, Any], stage: int, tied: bool
+) -> None:
+    for rank, found in ((rank, found[stage, tied]["absurd"]) for rank, found in runs.items()):
+        if rank == 0:
+            assert [(step["skipped"], step["grad_norm"] > 1e-3) for step in found["steps"]] == [(1, True), (1, True)]
+        assert "3 steps in a row were skipped" in found["message"]
+        assert found["unchanged"]
+        assert found["loss"] == pytest.approx(found["steps"][0]["loss"], abs=1e-6)
 
 
 @pytest.mark.stack

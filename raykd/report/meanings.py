@@ -150,7 +150,9 @@ OPTIMISER = Section(
     {
         "grad_norm": Meaning("Gradient norm", "before clipping", "Spikes far above the usual height are steps to look at.", True),
         "learning_rate": Meaning("Learning rate", "", "The schedule of each stage."),
-        "skipped": Meaning("Skipped steps", "1 = skipped", "A step whose gradient was not finite changes nothing."),
+        "skipped": Meaning(
+            "Skipped steps", "1 = skipped", "A step whose gradient was not finite, or absurdly large, changes nothing."
+        ),
         "alpha": Meaning("Skew alpha", "", "Share of the other model in the skewed mixture."),
         "beta": Meaning("Beta", "", "Weight of the student's text beside the teacher's."),
         "alpha_curriculum": Meaning("Curriculum of alpha", "1 = on", "On from the second epoch."),
