@@ -23,8 +23,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,8 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from trl_trainers import Clock, distillation_trainer, gkd_trainer
 
 SHAPES: dict[str, dict[str, Any]] = {
     "student": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -46,6 +46,7 @@ BATCH, PROMPT, RESPONSE, THREADS = 8, 32, 128, 2
 STEPS = {"raykd": 13, "overlap": 13, "distillation": 8, "gkd": 8}
 WARM_UP = 3
 RATE = 1e-5
+TRL: dict[str, Any] = {"batch": BATCH, "rate": RATE, "max_new_tokens": RESPONSE}
 RESULTS = Path(__file__).parent / "results" / "vs_trl.json"
 
 
@@ -128,119 +129,17 @@ def overlap(folder: Path) -> dict[str, Any]:
     return raykd(folder, max_staleness=1)
 
 
-class Clock(TrainerCallback):
-    """Seconds of the steps of a Hugging Face trainer, and of generation in it."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, list[float]] = {"step": [], "generate": [], "tokens": []}
-        self._begun = 0.0
-
-    def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Before the responses are written."""
-        self._begun = time.perf_counter()
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        """After the optimiser."""
-        self.seconds["step"].append(time.perf_counter() - self._begun)
-
-    @contextmanager
-    def generating(self) -> Iterator[None]:
-        """Counts the time in it."""
-        started = time.perf_counter()
-        yield
-        self.seconds["generate"].append(time.perf_counter() - started)
-
-    def result(self) -> dict[str, list[float]]:
-        """What is not generation is scoring and learning."""
-        seconds = {name: values[WARM_UP:] for name, values in self.seconds.items()}
-        rest = [step - generate for step, generate in zip(seconds["step"], seconds["generate"], strict=True)]
-        return seconds | {"score and learn": rest}
-
-
-def trl_settings(folder: Path, steps: int) -> dict[str, Any]:
-    """Where TRL's defaults differ: float32, activations kept."""
-    return {
-        "output_dir": str(folder / "trl"),
-        "max_steps": steps,
-        "per_device_train_batch_size": BATCH,
-        "learning_rate": RATE,
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "report_to": [],
-        "save_strategy": "no",
-        "temperature": 1.0,
-        "beta": 1.0,
-    }
-
-
-def distillation_trainer(folder: Path, clock: Clock) -> Any:
-    """TRL's DistillationTrainer, timed."""
-    from datasets import load_dataset
-    from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
-
-    class Timed(DistillationTrainer):
-        def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
-            with clock.generating():
-                return super()._generate_single_turn(*args, **kwargs)
-
-        def _compute_loss(self, model: Any, inputs: Any, *args: Any) -> Any:
-            clock.seconds["tokens"].append(int(inputs["completion_mask"].sum()))
-            return super()._compute_loss(model, inputs, *args)
-
-    return Timed(
-        model=AutoModelForCausalLM.from_pretrained(folder / "student"),
-        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher"),
-        args=DistillationConfig(**trl_settings(folder, STEPS["distillation"]), max_completion_length=RESPONSE),
-        train_dataset=load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train"),
-        processing_class=AutoTokenizer.from_pretrained(folder / "student", padding_side="left"),
-        callbacks=[clock],
-    )
-
-
-def gkd_trainer(folder: Path, clock: Clock) -> Any:
-    """TRL's GKDTrainer, timed; its chat template only joins the texts."""
-    from datasets import load_dataset
-    from trl.experimental.gkd import GKDConfig, GKDTrainer  # pyright: ignore[reportMissingImports]
-
-    class Timed(GKDTrainer):
-        @staticmethod
-        def generate_on_policy_outputs(*args: Any, **kwargs: Any) -> Any:
-            with clock.generating():
-                outputs = GKDTrainer.generate_on_policy_outputs(*args, **kwargs)
-            clock.seconds["tokens"].append(int((outputs[2] != -100).sum()))
-            return outputs
-
-    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-    def chat(row: dict[str, str]) -> dict[str, Any]:
-        return {"messages": [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": " The"}]}
-
-    data = load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train").map(chat, remove_columns=["prompt"])
-    settings = trl_settings(folder, STEPS["gkd"]) | {"lmbda": 1.0, "max_new_tokens": RESPONSE, "max_length": PROMPT + RESPONSE}
-    return Timed(
-        model=AutoModelForCausalLM.from_pretrained(folder / "student"),
-        teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher"),
-        args=GKDConfig(**settings),
-        train_dataset=data,
-        processing_class=tokenizer,
-        callbacks=[clock],
-    )
-
-
 def distillation(folder: Path) -> dict[str, Any]:
     """TRL's DistillationTrainer."""
-    clock = Clock()
-    distillation_trainer(folder, clock).train()
+    clock = Clock(WARM_UP)
+    distillation_trainer(folder, clock, STEPS["distillation"], **TRL).train()
     return clock.result()
 
 
 def gkd(folder: Path) -> dict[str, Any]:
     """TRL's GKDTrainer."""
-    clock = Clock()
-    gkd_trainer(folder, clock).train()
+    clock = Clock(WARM_UP)
+    gkd_trainer(folder, clock, STEPS["gkd"], **TRL).train()
     return clock.result()
 
 
@@ -255,7 +154,8 @@ def floor(folder: Path) -> dict[str, Any]:
         for matrix in matrices:
             output = torch.randn(rows, matrix.shape[1]) @ matrix.T
             if backward:
-                output @ matrix, output.T @ torch.empty(rows, matrix.shape[1])
+                torch.mm(output, matrix)
+                torch.mm(output.T, torch.empty(rows, matrix.shape[1]))
 
     def generate() -> None:
         products(bodies["student"], BATCH * PROMPT)
@@ -291,7 +191,7 @@ def check(folder: Path) -> dict[str, Any]:
     """Losses and gradient norms of all three on the same tokens, responses of 5 to 40 tokens after prompts of 3 to 17."""
     generator = torch.Generator().manual_seed(0)
     lengths = [(3, 40), (17, 5), (9, 23), (12, 31)]
-    texts = [[torch.randint(50_000, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
+    texts = [[torch.randint(50_257, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
     longest = [max(pair[side] for pair in lengths) for side in range(2)]
 
     def padded(side: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -305,11 +205,11 @@ def check(folder: Path) -> dict[str, Any]:
     (prompt_ids, prompt_mask), (completion_ids, completion_mask) = padded(0, left=True), padded(1, left=False)
     count = completion_mask.sum()
     found = {"raykd": _our_loss(folder, texts)}
-    trainer = distillation_trainer(folder, Clock())
+    trainer = distillation_trainer(folder, Clock(0), 1, **TRL)
     inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
     inputs |= {"completion_ids": completion_ids, "completion_mask": completion_mask}
     found["distillation"] = _differentiated(trainer.model, trainer._compute_loss(trainer.model, inputs, count)[0])
-    trainer = gkd_trainer(folder, Clock())
+    trainer = gkd_trainer(folder, Clock(0), 1, **TRL)
     ids, mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
     labels = torch.where(torch.cat([torch.zeros_like(prompt_mask), completion_mask], 1) == 1, ids, -100)
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -331,7 +231,8 @@ def _our_loss(folder: Path, texts: list[list[list[int]]]) -> tuple[float, float]
     from raykd.student import Student
     from raykd.teacher import Teacher
 
-    teacher, size = Teacher(str(folder / "teacher"), TeacherConfig(dtype="float32"), vocab_size=50_257), {"vocab_size": 50_257}
+    size: dict[str, Any] = {"vocab_size": 50_257}
+    teacher = Teacher(str(folder / "teacher"), TeacherConfig(dtype="float32"), **size)
     rollouts = [
         Rollout(prompt_id=str(i), sample=0, prompt_tokens=tuple(prompt), tokens=tuple(response), source=Source.DATASET)
         for i, (prompt, response) in enumerate(texts)
@@ -349,7 +250,16 @@ def _our_loss(folder: Path, texts: list[list[list[int]]]) -> tuple[float, float]
         activation_checkpointing=False,
         **size,
     )
-    micro = collate(rows, algorithm, Totals.of(rows), fetch=lambda x: x, teacher_head=teacher.head(), pad_id=0, **size)
+    micro = collate(
+        rows,
+        algorithm,
+        Totals.of(rows),
+        fetch=lambda block: block,
+        teacher_head=teacher.head(),
+        pad_id=0,
+        lay=student.lay,
+        **size,
+    )
     return _differentiated(student.model, student(micro, algorithm)[0])
 
 

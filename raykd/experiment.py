@@ -162,6 +162,8 @@ class TeacherConfig(_Value):
     """Positions of one scoring forward pass, padding included."""
     chunk: Positive = 1024
     """Positions whose distributions exist at the same time."""
+    payload: Literal["auto", "hidden", "logits"] = "auto"
+    """What travels of a distribution: the last hidden state or the logits, both exact; "auto" sends the fewer bytes."""
     engine: EngineConfig = EngineConfig(memory=0.5)
     """The engine beside the scorer, started only where an algorithm mixes teacher tokens in."""
     threads: Positive = 1

@@ -16,11 +16,14 @@ from raykd.student import logit_scale_and_softcap
 
 
 class Teacher:
-    """Frozen. ``score`` sends the hidden state after the final norm; times ``head`` it is the exact distribution."""
+    """Frozen. ``score`` sends the hidden state after the final norm; times ``head`` it is the exact distribution. Where that
+    has more bytes than the logits, in a vocabulary smaller than the model is wide, it sends these."""
 
-    def __init__(self, model: str, config: TeacherConfig, *, vocab_size: int) -> None:
+    def __init__(self, model: str | PreTrainedModel, config: TeacherConfig, *, vocab_size: int) -> None:
+        """``model`` is a folder, a name on the Hub, or the model itself."""
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        causal = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
+        loaded = isinstance(model, PreTrainedModel)
+        causal = model if loaded else AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
         causal.to(self.device)  # pyright: ignore[reportArgumentType]  transformers wraps it without its signature
         causal = causal.eval().requires_grad_(False)
         self._causal: Any = causal  # its ``generate`` has no usable annotations
@@ -28,6 +31,8 @@ class Teacher:
         self._body = causal.base_model
         self._head = head_of(causal).cut(vocab_size)
         self.config, self.vocab_size = config, vocab_size
+        sizes = payload_bytes(self._head.weight.shape[1], vocab_size, self._head.weight.dtype)
+        self.payload = config.payload if config.payload != "auto" else min(sizes, key=lambda payload: sizes[payload])
 
     def head(self) -> Head:
         """The language-model head on the CPU, cut to the true vocabulary: the learner's copy."""
@@ -51,7 +56,7 @@ class Teacher:
             offsets=tuple(offsets),
             log_normaliser=log_normaliser.cpu(),
             logprobs=logprobs.cpu(),
-            hidden=states.cpu() if needs is Needs.DISTRIBUTION else None,
+            **({self.payload: self._sent(states)} if needs is Needs.DISTRIBUTION else {}),
         )
 
     @torch.inference_mode()
@@ -74,11 +79,20 @@ class Teacher:
             answers.append(tuple(written[0, len(prompt) :].tolist()))
         return answers
 
+    def _sent(self, states: Tensor) -> Tensor:
+        """What travels of ``[N, H]``."""
+        return (states if self.payload == "hidden" else self._head(states)).cpu()
+
     def _response_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """For each rollout the states [T, H] of the positions that predict its response."""
         layout = self._lay([rollout.prompt_tokens for rollout in rollouts], [rollout.tokens for rollout in rollouts], 0)
         states = layout.to(self.device).states(self._body)
         return [states[positions] for positions in layout.predictors]
+
+
+def payload_bytes(hidden_size: int, vocab_size: int, dtype: torch.dtype) -> dict[str, int]:
+    """Of one response token: hidden states in the teacher's dtype, logits in float32. The 8 bytes of the probe come on top."""
+    return {"hidden": hidden_size * dtype.itemsize, "logits": vocab_size * 4}
 
 
 def head_of(model: PreTrainedModel) -> Head:
