@@ -12,6 +12,7 @@ part where it can be imported.
 
 import argparse
 import json
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
@@ -75,8 +76,6 @@ class Bench:
         student.save_pretrained(folder / "student")
         del student
         self.folder = folder
-        dtype: Any = scale.dtype
-        self.teacher = Teacher(self.teacher_model, TeacherConfig(dtype=dtype), vocab_size=scale.vocab_size)
         ids = torch.randint(scale.vocab_size, (scale.batch, scale.prompt + scale.response)).tolist()
         self.rollouts = [
             Rollout(
@@ -97,6 +96,11 @@ class Bench:
             model = LlamaForCausalLM(config)
         torch.set_default_dtype(default)
         return model
+
+    def start_teacher(self) -> None:
+        """Around the model that is there already."""
+        dtype: Any = self.scale.dtype
+        self.teacher = Teacher(self.teacher_model, TeacherConfig(dtype=dtype), vocab_size=self.scale.vocab_size)
 
     def score(self) -> dict[str, Any]:
         """The teacher's worker on all responses."""
@@ -150,8 +154,8 @@ class Bench:
         rebuilt = 2 * responses * self.scale.vocab_size * self.scale.teacher["hidden_size"]
         return {"tokens": positions, "flops": 3 * self._forward(self.scale.student, positions, responses) + rebuilt}
 
-    def trl(self) -> list[float]:
-        """Seconds of the steps of TRL's DistillationTrainer on these tokens."""
+    def trl(self) -> tuple[float, float]:
+        """Median seconds of a step of TRL's DistillationTrainer on these tokens, and the GPU's peak memory in GB."""
         from datasets import Dataset
         from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
         from trl_trainers import Clock
@@ -187,7 +191,7 @@ class Bench:
             processing_class=number_tokenizer(),
             callbacks=[clock],
         ).train()
-        return clock.seconds["step"][1:]
+        return median(clock.seconds["step"][1:]), torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
 
     def _positions(self) -> tuple[int, int]:
         """All, and those that predict a response token."""
@@ -243,24 +247,35 @@ def flops_rate(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * size**3 / (time.perf_counter() - started)
 
 
+def made(scale_name: str) -> Bench:
+    """Models and rows of a scale."""
+    torch.manual_seed(0)
+    return Bench(SCALES[scale_name], Path(tempfile.mkdtemp(prefix="raykd-13b-")))
+
+
+def trl(scale_name: str) -> tuple[float, float]:
+    """In a process of its own."""
+    return made(scale_name).trl()
+
+
 def main() -> None:
     """Measure, print the table, write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="13b")
     scale_name = parser.parse_args().scale
     scale = SCALES[scale_name]
-    bench = Bench(scale, Path(tempfile.mkdtemp(prefix="raykd-13b-")))
+    # A process of its own: it wants the whole GPU, and no process group to find.
+    beside = multiprocessing.get_context("spawn").Pool(1).apply(trl, (scale_name,)) if find_spec("trl") else None
+    bench = made(scale_name)
     rate = flops_rate(bench.device, getattr(torch, scale.dtype))
+    bench.start_teacher()
     rows = {"score": timed(bench.score, rate), "projection": timed(bench.project, rate)}
     bench.start_learner()
     rows["learner step"] = timed(bench.learn, rate)
     bench.learner.close()
-    if find_spec("trl"):
-        del bench.learner
-        seconds = median(bench.trl())
-        peak = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else 0.0
-        tokens = scale.batch * (scale.prompt + scale.response - 1)
-        rows["TRL: score and learn"] = {"seconds": seconds, "tokens_per_second": tokens / seconds, "peak_gigabytes": peak}
+    if beside is not None:
+        tokens = scale.batch * (scale.prompt + scale.response - 1) / beside[0]
+        rows["TRL: score and learn"] = {"seconds": beside[0], "tokens_per_second": tokens, "peak_gigabytes": beside[1]}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     shown = Table("", "seconds", "tokens/s", "utilisation", "peak GB", caption=f"{scale_name} on {device}")
     for name, row in rows.items():

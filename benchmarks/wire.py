@@ -1,6 +1,6 @@
 """Teacher -> learner: bytes per response token and tokens per second of every payload, through Ray's object store.
 
-    python benchmarks/wire.py [--tokens 4096] [--blocks 8]
+    python benchmarks/wire.py [--tokens 2048] [--blocks 6]
 
 A teacher of 13B's shape (width 5,120, bfloat16) over vocabularies of 32,000 and 151,936. One actor makes blocks of scores, as a
 teacher's actor does, another fetches them and reads every byte once, as a learner's rank does; the driver passes references on
@@ -24,9 +24,12 @@ from rich.table import Table
 
 from raykd.records import Scores
 from raykd.teacher import payload_bytes
+from raykd.weights import checksum
 
 WIDTH, DTYPE, PROBE_BYTES = 5120, torch.bfloat16, 8
 VOCABULARIES = (32_000, 151_936)
+LARGEST = 256 << 20
+"""Bytes of a block: with wide logits it holds fewer tokens."""
 RESULTS = Path(__file__).parent / "results" / "wire.json"
 
 
@@ -47,16 +50,16 @@ class Teacher:
 
 
 class Learner:
-    """Fetches a block in place and adds up what it holds."""
+    """Fetches a block in place and reads it once."""
 
     def read(self, answer: list[Any]) -> float:
-        """The sum of everything that arrived."""
+        """The sum of all words that arrived."""
         if isinstance(answer[0], float):
             return sum(answer)
         scores: Scores = ray.get(answer[0])
         payload = scores.logits if scores.hidden is None else scores.hidden
         assert payload is not None
-        return float(payload.view(torch.int16).sum(dtype=torch.int64)) + float(scores.logprobs.sum())
+        return checksum(payload.view(torch.uint8).numpy().reshape(-1)) + float(scores.logprobs.sum())
 
 
 def measure(payload: str, vocab_size: int, tokens: int, blocks: int) -> dict[str, float]:
@@ -92,15 +95,15 @@ def measure(payload: str, vocab_size: int, tokens: int, blocks: int) -> dict[str
 def main() -> None:
     """Measure every payload, print the table, write it as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=4096, help="response tokens of a block")
-    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=2048, help="response tokens of a block")
+    parser.add_argument("--blocks", type=int, default=6)
     options = parser.parse_args()
-    ray.init("local", log_to_driver=False, object_store_memory=6 << 30)
+    ray.init("local", log_to_driver=False, object_store_memory=3 << 30)
     cases = [("sampled", 32_000), ("hidden", 32_000), *(("logits", vocab_size) for vocab_size in VOCABULARIES)]
     results: dict[str, Any] = {}
     shown = Table("payload", "vocabulary", "bytes/token planned", "measured", "tokens/s", "MB/s", "driver grows, MB")
     for payload, vocab_size in cases:
-        row = measure(payload, vocab_size, min(options.tokens, (1 << 30) // (4 * vocab_size)), options.blocks)
+        row = measure(payload, vocab_size, min(options.tokens, LARGEST // (4 * vocab_size)), options.blocks)
         name = f"{vocab_size:,}" if payload == "logits" else "any"
         results[f"{payload}, vocabulary {name}"] = row
         shown.add_row(payload, name, *(f"{value:,}" for value in row.values()))
