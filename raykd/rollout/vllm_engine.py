@@ -63,9 +63,9 @@ class VllmEngine:
             score_from = len(text)
         elif not 0 < score_from <= len(text):
             raise ValueError(f"cannot score from position {score_from} of {len(text)} tokens: the first needs a token before it")
-        # A token is scored by asking for its log-prob where another is sampled, which is thrown away.
+        # A token is scored by asking for its log-prob where another is picked, which is thrown away.
         scores = range(score_from, len(text))
-        pieces = [(end, self._params(seed, 1, asked=text[end])) for end in scores]
+        pieces = [(end, self._params(seed, 1, greedy=True, asked=text[end])) for end in scores]
         if max_tokens:
             asked = None if session is None else 0
             pieces.append((len(text), self._params(seed, max_tokens, temperature=temperature, greedy=greedy, asked=asked)))
