@@ -1,11 +1,12 @@
 import asyncio
 from collections import Counter
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from drafted import drafted_response, verify
 from ray.exceptions import ActorDiedError
 from rollout_stack import (
     STORIES,
@@ -22,7 +23,7 @@ from rollout_stack import (
 from raykd.actors import RemoteWriter
 from raykd.records import Source
 from raykd.rollout.mixing import mixed_response
-from raykd.rollout.requests import GenerationRequest, derive_seed
+from raykd.rollout.requests import Completion, GenerationRequest, derive_seed
 from raykd.rollout.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("data")]
@@ -63,12 +64,31 @@ def p_value(parts: list[tuple[float, int]]) -> float:
     return torch.special.gammaincc(degrees, statistic).item()
 
 
-@pytest.fixture(scope="module")
-def responses() -> list[tuple[int, ...]]:
-    """Many mixed responses, over 100,000 tokens together."""
+class Verifier:
+    """The teacher's engine as drafts see it."""
 
+    def __init__(self, engine: VllmEngine) -> None:
+        self.complete, self.forget, self.verify = engine.complete, engine.forget, partial(verify, engine)
+
+
+async def drafted(student: VllmEngine, teacher: VllmEngine) -> list[Completion]:
+    verifier, places = Verifier(teacher), asyncio.Semaphore(200)
+
+    async def write(seed: int) -> Completion:
+        async with places:
+            return await drafted_response(PROMPT, student, verifier, SHARE, 60, seed, draft=4)
+
+    return await asyncio.gather(*(write(seed) for seed in range(RESPONSES)))
+
+
+@pytest.fixture(scope="module", params=["in runs", "in drafts"])
+def responses(request) -> list[tuple[int, ...]]:
+    """Many mixed responses, over 100,000 tokens together."""
     student, teacher = worker(folder("tiny-q")), worker(folder("tiny-p")).engine
-    drawn = [rollout.tokens for rollout in wait(student.generate(requests(RESPONSES), SHARE, 60, teacher))]
+    if request.param == "in runs":
+        drawn = [rollout.tokens for rollout in wait(student.generate(requests(RESPONSES), SHARE, 60, teacher))]
+    else:
+        drawn = [response.tokens for response in wait(drafted(student.engine, teacher))]
     assert sum(map(len, drawn)) >= 100_000
     return drawn
 
@@ -145,6 +165,14 @@ def test_student_logprobs_of_every_token_are_those_of_hugging_face(share, source
         expected = chosen_logprobs(reference(STORIES), [1, 403, 407, *rollout.tokens], 3)
         torch.testing.assert_close(torch.tensor(rollout.student_logprobs), expected, atol=1e-4, rtol=0)
         assert (rollout.source, rollout.teacher_share, rollout.version) == (source, share, 0)
+
+
+def test_logprobs_of_drafted_tokens_are_those_of_hugging_face():
+    student, teacher, prompt = worker(STORIES).engine, Verifier(worker(folder("teacher")).engine), (1, 403, 407)
+    for seed in range(4):
+        drafted = wait(drafted_response(prompt, student, teacher, 0.5, 60, seed, draft=5))
+        expected = chosen_logprobs(reference(STORIES), [*prompt, *drafted.tokens], 3)
+        torch.testing.assert_close(torch.tensor(drafted.logprobs), expected, atol=1e-4, rtol=0)
 
 
 def test_shares_zero_and_one_are_the_student_and_the_teacher_alone():
@@ -236,11 +264,11 @@ class Replica:
         self._engine, self._fate, self._left = engine, fate, calls
         self.complete, self.forget = SimpleNamespace(remote=self._complete), SimpleNamespace(remote=self._forget)
 
-    async def _complete(self, text, max_tokens, seed, session):
+    async def _complete(self, turns, max_tokens):
         self._left -= 1
         if self._fate is not None and self._left < 0:
             raise self._fate
-        return await self._engine.complete(text, max_tokens, seed, session=session)
+        return [await self._engine.complete(text, max_tokens, seed, session=session) for text, seed, session in turns]
 
     def _forget(self, session):
         return asyncio.ensure_future(self._engine.forget(session))
