@@ -127,8 +127,8 @@ class RewardActor(_Replica):
 class RemoteWriter:
     """The teacher engines as one writer: a session stays with the engine that keeps its text, for as long as that lives.
 
-    Turns that begin together and have the same length mostly end at the same step of an engine. They travel as one message: at
-    one message a turn, the messages cost a sixth of all work where the models are small, and bound the rate where they are fast.
+    Turns that begin together and have the same length mostly end at the same step of an engine: they travel as one message,
+    of which either process can handle about a thousand a second.
     """
 
     def __init__(self, handles: Sequence[ActorHandle]) -> None:
