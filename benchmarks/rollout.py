@@ -7,11 +7,10 @@ a fifth of the tokens from the teacher. Each engine has a process and one thread
 every token to both models and samples from their mixed probabilities, has two threads while the engines rest. All take turns
 within each repeat, medians are reported.
 
-Random weights change no cost: no method here looks at what it writes, but for EOS, which these models practically never
-write. That favours lockstep, whose batch lasts as long as its longest response.
-
-"drafted" is draft and verify (``drafted.py``) with drafts of 16 tokens. Its speed depends on how much the models differ, so these
-are made to differ as a teacher and its student do: by a total variation of 0.30.
+Random weights change no cost: no method but "drafted" looks at what it writes, but for EOS, which these models practically never
+write. That favours lockstep, whose batch lasts as long as its longest response. "drafted" is draft and verify (``drafted.py``)
+with drafts of 16 tokens; its speed depends on how much the models differ, so these are made to differ as a teacher and its
+student do: by a total variation of 0.30.
 """
 
 import argparse
