@@ -11,7 +11,6 @@ import random
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +26,7 @@ from raykd.records import Prompt, Rollout, Row, Source
 from raykd.replay import ReplayBuffer
 from raykd.tracking import Tracker
 from raykd.train import train
+from raykd.usage import Usage
 from raykd.workers import Workers, unscored
 
 BATCH = 32
@@ -51,6 +51,7 @@ class Sleepers:
         self._seconds, self._random, self._replay = seconds, random.Random(0), ReplayBuffer(seed=0)
         self.busy = dict.fromkeys(seconds, 0.0)
         self.version, self.teachers = 0, None
+        self.usage = Usage(())
 
     def _work(self, verb: str, rows: int) -> None:
         seconds = self._seconds[verb] * rows / BATCH * self._random.uniform(0.8, 1.2)
@@ -83,14 +84,6 @@ class Sleepers:
     def call_replay(self, method: str, *arguments: Any) -> Any:
         """A verb of the real buffer."""
         return getattr(self._replay, method)(*arguments)
-
-    def waiting(self) -> AbstractContextManager[None]:
-        """Not counted here."""
-        return nullcontext()
-
-    def take_usage(self) -> dict[str, float]:
-        """Not counted here."""
-        return {}
 
     def begin(self, optimiser: object) -> None:
         """Nothing to begin."""

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from raykd.report import write_report
 from raykd.run import Result
-from raykd.tracking import throughput
+from raykd.usage import throughput
 
 MEASURES = {
     "reverse_kl": "reverse KL to the teacher, on own answers, nats a token",

@@ -83,7 +83,7 @@ class Phases:
         while len(self._begun) <= self._stage.max_staleness and self._next_step < self._stage.steps:
             self._begin()
         phase = self._begun.popleft()
-        with self._workers.waiting():
+        with self._workers.usage.measured("wait"):
             rows = phase.rows.result()
         return Phase(phase.progress, phase.mixture, rows)
 

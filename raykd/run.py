@@ -21,8 +21,9 @@ from raykd.experiment import Experiment, FunctionReward, Model
 from raykd.prompts import Data, Documents, PromptStream, eos_id, pack_text, read_rows, tokenise_documents, tokenise_pairs
 from raykd.report import write_report
 from raykd.reward import load_function
-from raykd.tracking import Tracker, advice
+from raykd.tracking import Tracker
 from raykd.train import Position, restore_checkpoint, train
+from raykd.usage import advice
 from raykd.validation import measure
 from raykd.workers import Workers
 

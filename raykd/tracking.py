@@ -14,11 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 SHOWN = ("loss", "reverse_kl", "response_length")
 """Metrics shown beside the progress bar."""
 
-LANES = {"rollout replicas": ("generate", "load"), "teacher replicas": ("score",), "learner ranks": ("learn", "publish")}
-"""Who is busy with which verbs."""
-WAITED_LITTLE = 0.1
-"""Share of the learner's time below which waiting is not what holds a run up."""
-
 
 class Tracker:
     """Writes one line of numbers per optimiser step or evaluation; ``with Tracker(...) as tracker: tracker.log(...)``."""
@@ -61,12 +56,14 @@ class Tracker:
         self._task = self._progress.add_task(description, total=total, completed=done, numbers="")
         self._description, self._total, self._done = description, total, done
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record an optimiser step; ``step`` counts over all stages."""
+    def log(self, step: int, metrics: Mapping[str, float], busy: Mapping[str, float] | None = None) -> None:
+        """Record an optimiser step; ``step`` counts over all stages, ``busy`` is the share of the time that each lane worked."""
         self._write(step, metrics)
         if self._task is None:
             return
-        numbers = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
+        shown = [f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics]
+        shown += [f"{lane} {share:.0%} busy" for lane, share in (busy or {}).items()]
+        numbers = "  ".join(shown)
         self._progress.update(self._task, advance=1, numbers=numbers)
         self._done += 1
         if not self.console.is_terminal and self._done % max(1, self._total // 10) == 0:
@@ -103,38 +100,6 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
         except (ValueError, TypeError):
             unread += 1
     return found, unread
-
-
-def throughput(run: Path) -> dict[str, float]:
-    """Response tokens per second of each verb over the whole run, from its ``metrics.jsonl``."""
-    seconds, tokens = _sums(run, "seconds/"), _sums(run, "tokens/")
-    return {verb: tokens[verb] / seconds[verb] for verb in tokens}
-
-
-def advice(run: Path, max_staleness: int) -> str:
-    """One sentence on what held a run up, from the busy times in its ``metrics.jsonl``."""
-    busy = _sums(run, "seconds/")
-    lanes = {lane: sum(busy.get(verb, 0.0) for verb in verbs) for lane, verbs in LANES.items()}
-    waited, worked = busy.get("wait", 0.0), lanes["learner ranks"]
-    if waited + worked == 0:
-        return "no step was taken"
-    writers = {lane: seconds for lane, seconds in lanes.items() if lane != "learner ranks"}
-    slowest = max(writers, key=lambda lane: writers[lane])
-    share = waited / (waited + worked)
-    if share < WAITED_LITTLE:
-        return f"the learner waited {share:.0%} of the time: more learner ranks would help, more replicas would not"
-    overlap = "" if max_staleness else ", or max_staleness 1 lets them work while the learner does"
-    return f"the learner waited {share:.0%} of the time, mostly for the {slowest}: more of them would help{overlap}"
-
-
-def _sums(run: Path, prefix: str) -> dict[str, float]:
-    """The numbers of that prefix, added up over all steps."""
-    sums: dict[str, float] = {}
-    for line in read_lines(run / "metrics.jsonl")[0]:
-        for name, value in line.items():
-            if name.startswith(prefix):
-                sums[name.removeprefix(prefix)] = sums.get(name.removeprefix(prefix), 0.0) + value
-    return sums
 
 
 def _start_wandb(run: Path, experiment: Mapping[str, Any], name: str, project: str) -> Any:

@@ -22,6 +22,7 @@ from raykd.experiment import Experiment, Optimiser, Stage
 from raykd.phases import Phase, Phases, Position, assess
 from raykd.prompts import Data
 from raykd.tracking import Tracker
+from raykd.usage import shares
 from raykd.validation import keep_best, measure, restore_best, summary
 from raykd.workers import Term, Workers, dataset_rollouts
 
@@ -67,7 +68,8 @@ def learn(phase: Phase, stage: Stage, workers: Workers, data: Data, tracker: Tra
     metrics = workers.step(terms, learning_rate(stage.optimiser, at.step, stage.steps))
     at.step, at.total = at.step + 1, at.total + 1
     written = summary([row.rollout for row in rows], at.total)
-    tracker.log(at.total, metrics | numbers | written | workers.take_usage())
+    usage = workers.usage.take()
+    tracker.log(at.total, metrics | numbers | written | usage, shares(usage))
 
 
 def rescore(workers: Workers, algorithm: Algorithm) -> None:

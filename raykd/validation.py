@@ -43,7 +43,7 @@ def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Track
         metrics |= of_answers(data, written)
         keep_samples(experiment, workers, data, tracker, at.total, written)
     tracker.log_held_out(at.total, metrics | {"measuring_seconds": time.monotonic() - started})
-    workers.take_usage()  # measuring is not part of any step
+    workers.usage.take()  # measuring is not part of any step
     return metrics
 
 

@@ -1,10 +1,7 @@
 """All workers of a run behind the verbs of the loop: generate, score, step, evaluate, publish. Starts and closes them."""
 
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from raykd.fleet import RESTARTS, START_DEADLINE_S, Fleet, LearnerGang, Placemen
 from raykd.records import Prompt, Rollout, Row, Source, Totals
 from raykd.replay import ReplayBuffer
 from raykd.rollout.requests import GenerationRequest
+from raykd.usage import Usage
 from raykd.weights import WeightUpdate
 
 
@@ -63,8 +61,7 @@ class Workers:
         self._update: WeightUpdate | None = None
         self._loaded: WeightUpdate | None = None
         self._learner_version = 0
-        self._usage: dict[str, float] = {}
-        self._usage_lock = threading.Lock()
+        self.usage = Usage([lane for lane, used in (("rollout", writers), ("teacher", scorers), ("learner", ranks)) if used])
         self.replay = ray.remote(ReplayBuffer).options(num_cpus=0).remote(experiment.seed)
         raters = (
             [create(RewardActor, experiment.reward, facts, gpus=0, threads=1, restarts=RESTARTS)] if experiment.reward else []
@@ -93,7 +90,7 @@ class Workers:
         assert self.rollouts is not None, "nothing samples from the student"
         self._load(update)
         requests = _requests(prompts, samples, salt, temperature)
-        with self._measured("generate") as measured:
+        with self.usage.measured("generate") as measured:
             handles = self.teachers.actors if self.teachers and teacher_share > 0 else []
             num_shares = min(len(self.rollouts.actors), len(requests))
             calls = [
@@ -117,7 +114,7 @@ class Workers:
         if needs is Needs.NOTHING:
             return unscored(rollouts)
         assert self.teachers is not None, "the experiment has no teacher"
-        with self._measured("score") as measured:
+        with self.usage.measured("score") as measured:
             measured.tokens = sum(len(rollout.tokens) for rollout in rollouts)
             order = {id(rollout): index for index, rollout in enumerate(rollouts)}
             shares = [share for share in deal(unscored(rollouts), len(self.teachers.actors)) if share]
@@ -138,13 +135,13 @@ class Workers:
     def rate(self, rows: Sequence[Row]) -> list[Row]:
         """The rows with what the experiment's reward says of them."""
         assert self._rater is not None, "the experiment has no reward"
-        with self._measured("rate"):
+        with self.usage.measured("rate"):
             (rewards,) = self._rater.map("rate", [{"rollouts": [row.rollout for row in rows]}])
         return [replace(row, reward=reward) for row, reward in zip(rows, rewards, strict=True)]
 
     def step(self, terms: Sequence[Term], learning_rate: float) -> dict[str, float]:
         """One optimiser step on the sum of the terms; metrics are means over the whole step."""
-        with self._measured("learn") as measured:
+        with self.usage.measured("learn") as measured:
             measured.tokens = sum(len(row.rollout.tokens) for term in terms for row in term.rows)
             shares = self.learner.each("step", self._deal(terms), [learning_rate] * len(self.learner.ranks))
         self._learner_version += 1
@@ -152,7 +149,7 @@ class Workers:
 
     def evaluate(self, terms: Sequence[Term]) -> dict[str, float]:
         """The terms' losses and metrics without learning."""
-        with self._measured("evaluate"):
+        with self.usage.measured("evaluate"):
             return _sum(self.learner.each("evaluate", self._deal(terms)))
 
     def begin(self, optimiser: Optimiser) -> None:
@@ -162,7 +159,7 @@ class Workers:
     def publish(self) -> WeightUpdate | None:
         """References to the learner's newest weights, None before its first step; the weights do not pass through here."""
         if self.rollouts is not None and self._learner_version != (self._update.version if self._update else 0):
-            with self._measured("publish"):
+            with self.usage.measured("publish"):
                 self._update = self.learner.all("publish", self._learner_version)[0]
         return self._update
 
@@ -180,12 +177,6 @@ class Workers:
     def call_replay(self, method: str, *arguments: Any) -> Any:
         """A verb of the replay buffer."""
         return get(getattr(self.replay, method).remote(*arguments), self.learner.deadline_s, f"replay {method}")
-
-    def take_usage(self) -> dict[str, float]:
-        """``seconds/<verb>`` and response ``tokens/<verb>`` since the last call."""
-        with self._usage_lock:
-            usage, self._usage = self._usage, {}
-        return usage
 
     def close(self) -> None:
         """Give every actor back."""
@@ -207,7 +198,7 @@ class Workers:
         """Bring every rollout replica to ``update``."""
         assert self.rollouts is not None
         if update is not None and update is not self._loaded:
-            with self._measured("load"):
+            with self.usage.measured("load"):
                 self._broadcast(update)
             self._loaded = update
 
@@ -230,24 +221,6 @@ class Workers:
             for rank, rows in enumerate(deal(list(term.rows), len(self.learner.ranks))):
                 per_rank[rank].append(LossTerm(algorithm=term.algorithm, rows=rows, totals=totals, weight=term.weight))
         return per_rank
-
-    def waiting(self) -> AbstractContextManager[Any]:
-        """Counts the time in it as the learner's waiting for responses."""
-        return self._measured("wait")
-
-    @contextmanager
-    def _measured(self, verb: str) -> Iterator["_Measured"]:
-        measured, started = _Measured(), time.perf_counter()
-        yield measured
-        with self._usage_lock:  # phases are written and scored beside the learner's steps
-            for name, amount in (("seconds", time.perf_counter() - started), ("tokens", measured.tokens)):
-                if amount:
-                    self._usage[f"{name}/{verb}"] = self._usage.get(f"{name}/{verb}", 0) + amount
-
-
-@dataclass(slots=True)
-class _Measured:
-    tokens: int = 0
 
 
 def dataset_rollouts(prompts: Sequence[Prompt]) -> list[Rollout]:

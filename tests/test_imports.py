@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "raykd"
 ROWS = (
     ("records", "logprobs"),
     ("divergences", "surrogates", "projection", "packing"),
-    ("algorithms", "prompts", "replay", "weights", "tracking", "experiment"),
+    ("algorithms", "prompts", "replay", "weights", "tracking", "usage", "experiment"),
     ("collate", "rank", "student"),
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "planning", "report"),

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from raykd.tracking import Tracker, advice, read_lines
+from raykd.tracking import Tracker, read_lines
+from raykd.usage import Usage, advice, shares
 
 
 @pytest.mark.parametrize(
@@ -34,3 +35,27 @@ def test_a_run_that_died_within_a_line_goes_on_with_the_next(tmp_path: Path) -> 
         tracker.log(2, {"loss": 0.5})
     lines, unread = read_lines(tmp_path / "metrics.jsonl")
     assert ([line["step"] for line in lines], lines[-1]["loss"], unread) == ([1, 2], 0.5, 1)
+
+
+def test_a_step_is_charged_with_its_own_time_whoever_works_ahead() -> None:
+    """The rollout fleet writes for 6 s, the learner steps twice meanwhile; the teacher has nothing to do."""
+    now = [0.0]
+    usage = Usage(("rollout", "teacher", "learner"), clock=lambda: now[0])
+    with usage.measured("generate") as writing:
+        with usage.measured("learn"):
+            now[0] = 3.0
+        now[0] = 4.0
+        first = usage.take()
+        with usage.measured("learn"):
+            now[0] = 6.0
+        writing.tokens = 60
+    now[0] = 8.0
+    second = usage.take()
+    waiting = {"waiting/rollout": 0.0, "waiting/teacher": 4.0, "waiting/learner": 1.0}
+    assert first == {"seconds/generate": 4.0, "seconds/learn": 3.0} | waiting
+    assert second == {"seconds/generate": 2.0, "tokens/generate": 60, "seconds/learn": 2.0} | {
+        "waiting/rollout": 2.0,
+        "waiting/teacher": 4.0,
+        "waiting/learner": 2.0,
+    }
+    assert shares(second) == {"rollout": 0.5, "teacher": 0.0, "learner": 0.5}

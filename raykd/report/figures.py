@@ -9,7 +9,10 @@ from raykd.report import meanings
 from raykd.report.charts import Look, Point, curves, stacked
 from raykd.report.folders import Numbers, RunLog
 from raykd.report.meanings import HELD_OUT, LOSS_PREFIX, NOT_SHOWN, VERBS, Meaning, Section
+from raykd.usage import LANES, shares
 
+TIMES = ("seconds/", "tokens/", "waiting/")
+"""Shown by ``time_figures``."""
 STEPS = "optimiser steps"
 Looks = Mapping[str, Look]
 Series = dict[str, list[Point]]
@@ -107,6 +110,11 @@ def time_figures(run: RunLog) -> list[Figure]:
         keys = [Key(verb, Look(looks[verb].colour, ()), f"{number(sum(y for _, y in parts[verb]))} s") for verb in parts]
         look = "The tallest part is what to speed up. Stages that overlap can add up to more than the step took."
         figures.append(Figure(f"Seconds per step: {run.name}", stacked(parts, looks, x=STEPS, y="seconds per step"), look, keys))
+    worked = {lane: [(line["step"], shares(line)[lane]) for line in run.steps if lane in shares(line)] for lane in LANES}
+    if worked := {lane: points for lane, points in worked.items() if points}:
+        look = "Who is near 1 holds the others up: give it replicas or ranks, or let the others work ahead (max_staleness)."
+        meaning = Meaning(f"Share of the time that each worked: {run.name}", "share", look)
+        figures.append(_figure(meaning, worked, looks_of(list(worked))))
     if rates:
         look = "Response tokens of each stage, in the time that it worked."
         meaning = Meaning(f"Tokens per second: {run.name}", "tokens per second", look, may_be_log=True)
@@ -147,7 +155,7 @@ def _step_numbers(run: RunLog) -> list[Numbers]:
         derived = {f"{LOSS_PREFIX}{algorithm}": line["loss"]} if "loss" in line else {}
         if squared := line.get("importance_weight_squared"):
             derived["effective_sample_share"] = line["importance_weight"] ** 2 / squared
-        kept = {name: y for name, y in line.items() if name != "loss" and not name.startswith(("seconds/", "tokens/"))}
+        kept = {name: y for name, y in line.items() if name != "loss" and not name.startswith(TIMES)}
         found.append(kept | derived)
     return found
 

@@ -12,7 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raykd.algorithms import AnyAlgorithm
 from raykd.evaluation.results import Results
-from raykd.tracking import advice, read_lines
+from raykd.tracking import read_lines
+from raykd.usage import advice
 
 Line = TypeVar("Line", bound=BaseModel)
 Numbers = dict[str, float]

@@ -1,0 +1,108 @@
+"""Who was busy, who waited, and what held a run up."""
+
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from raykd.tracking import read_lines
+
+LANES = {"rollout": ("generate", "load"), "teacher": ("score",), "learner": ("learn", "publish")}
+"""Who is busy with which verbs."""
+WAITED_LITTLE = 0.1
+"""Share of the learner's time below which waiting is not what holds a run up."""
+
+
+@dataclass(slots=True, eq=False)
+class Span:
+    """A verb while it runs."""
+
+    verb: str
+    since: float
+    tokens: int = 0
+    """Response tokens, known at its end."""
+
+
+class Usage:
+    """Seconds and response tokens of each verb. A verb that runs while others take what was counted is counted up to there: the
+    time of a step is that step's, whoever worked ahead."""
+
+    def __init__(self, lanes: Collection[str], clock: Callable[[], float] = time.perf_counter) -> None:
+        self._lanes, self._clock = lanes, clock
+        self._running: set[Span] = set()
+        self._counted: dict[str, float] = {}
+        self._taken = clock()
+        self._lock = threading.Lock()  # phases are written and scored beside the learner's steps
+
+    @contextmanager
+    def measured(self, verb: str) -> Iterator[Span]:
+        """Counts the time in it."""
+        span = Span(verb, self._clock())
+        with self._lock:
+            self._running.add(span)
+        try:
+            yield span
+        finally:
+            with self._lock:
+                self._running.discard(span)
+                self._count(span)
+
+    def take(self) -> dict[str, float]:
+        """Since the last call: ``seconds/<verb>``, response ``tokens/<verb>``, and for every lane ``waiting/<lane>`` seconds."""
+        with self._lock:
+            for span in self._running:
+                self._count(span)
+            counted, self._counted = self._counted, {}
+            wall, self._taken = self._clock() - self._taken, self._clock()
+        waiting = {f"waiting/{lane}": max(0.0, wall - busy(counted, lane)) for lane in self._lanes}
+        return {name: amount for name, amount in counted.items() if amount} | waiting
+
+    def _count(self, span: Span) -> None:
+        now = self._clock()
+        for name, amount in ((f"seconds/{span.verb}", now - span.since), (f"tokens/{span.verb}", span.tokens)):
+            self._counted[name] = self._counted.get(name, 0.0) + amount
+        span.since, span.tokens = now, 0
+
+
+def busy(numbers: Mapping[str, float], lane: str) -> float:
+    """Seconds that a lane worked."""
+    return sum(numbers.get(f"seconds/{verb}", 0.0) for verb in LANES[lane])
+
+
+def shares(numbers: Mapping[str, float]) -> dict[str, float]:
+    """The share of its time that each lane worked."""
+    times = {lane: (busy(numbers, lane), numbers[f"waiting/{lane}"]) for lane in LANES if f"waiting/{lane}" in numbers}
+    return {lane: worked / (worked + waited) for lane, (worked, waited) in times.items() if worked + waited > 0}
+
+
+def throughput(run: Path) -> dict[str, float]:
+    """Response tokens per second of each verb over the whole run, from its ``metrics.jsonl``."""
+    sums = _sums(run)
+    verbs = [name.removeprefix("tokens/") for name in sums if name.startswith("tokens/")]
+    return {verb: sums[f"tokens/{verb}"] / sums[f"seconds/{verb}"] for verb in verbs}
+
+
+def advice(run: Path, max_staleness: int) -> str:
+    """One sentence on what held a run up, from the busy times in its ``metrics.jsonl``."""
+    sums = _sums(run)
+    waited, worked = sums.get("seconds/wait", 0.0), busy(sums, "learner")
+    if waited + worked == 0:
+        return "no step was taken"
+    slowest = max(("rollout", "teacher"), key=lambda lane: busy(sums, lane))
+    share = waited / (waited + worked)
+    if share < WAITED_LITTLE:
+        return f"the learner waited {share:.0%} of the time: more learner ranks would help, more replicas would not"
+    overlap = "" if max_staleness else ", or max_staleness 1 lets them work while the learner does"
+    return f"the learner waited {share:.0%} of the time, mostly for the {slowest} replicas: more of them would help{overlap}"
+
+
+def _sums(run: Path) -> dict[str, float]:
+    """Everything timed, added up over all steps."""
+    sums: dict[str, float] = {}
+    for line in read_lines(run / "metrics.jsonl")[0]:
+        for name, value in line.items():
+            if name.startswith(("seconds/", "tokens/")):
+                sums[name] = sums.get(name, 0.0) + value
+    return sums
