@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from raykd.algorithms import GKD, SFT
-from raykd.algorithms.base import Replay
+from raykd.algorithms.base import Author, Replay
 from raykd.experiment import Stage
 from raykd.records import Rollout, Row, Source
 from raykd.replay import ReplayBuffer
@@ -117,7 +118,7 @@ def test_a_new_stage_begins_with_nothing():
     assert replay.rows() == []
 
 
-WRITERS = [Source.DATASET, Source.STUDENT, Source.TEACHER]
+WRITERS: list[Author] = [Source.DATASET, Source.STUDENT, Source.TEACHER]
 
 
 @settings(deadline=None)
@@ -201,9 +202,10 @@ def test_a_stage_may_keep_responses_longer_than_its_algorithm():
 @pytest.mark.stack
 def test_scores_that_memory_has_no_room_for_are_spilled_and_come_back_as_they_were():
     """Ray's own doing; this is what the buffer's bounded memory stands on."""
+    ray.shutdown()  # of the tests before
     ray.init("local", object_store_memory=80 << 20, include_dashboard=False, log_to_driver=False)
     try:
-        replay = ray.remote(ReplayBuffer).options(num_cpus=0).remote()
+        replay: Any = ray.remote(ReplayBuffer).options(num_cpus=0).remote()
         ray.get(replay.begin.remote(Replay()))
         blocks = 16
         for i in range(blocks):  # 256 MiB of scores in a store of 80 MiB

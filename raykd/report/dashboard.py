@@ -6,10 +6,16 @@ from wandb_workspaces.workspaces import Section, Workspace
 
 from raykd.report.meanings import HELD_OUT, LOSS, SECTIONS, VERBS
 from raykd.report.meanings import Section as Described
+from raykd.usage import LANES
 
 
 def dashboard(entity: str, project: str, name: str = "raykd") -> Workspace:
     """Not saved yet: ``save()`` needs a key and gives the page its ``url``."""
+    time: list[PanelTypes] = [
+        _panel([f"seconds/{verb}" for verb in VERBS], "Seconds of each stage, per step"),
+        _panel([f"waiting/{lane}" for lane in LANES], "Seconds that each waited, per step"),
+        _panel([f"tokens/{verb}" for verb in VERBS], "Response tokens of each stage, per step"),
+    ]
     training = [described for described in SECTIONS if described.metrics]
     return Workspace(
         entity=entity,
@@ -19,13 +25,7 @@ def dashboard(entity: str, project: str, name: str = "raykd") -> Workspace:
             _section(HELD_OUT, "heldout/", is_open=True),
             Section(name="Loss", panels=[_panel(["loss"], f"{LOSS.title} [{LOSS.unit}]")], is_open=True),
             *(_section(described, "", is_open=False) for described in training),
-            Section(
-                name="Time",
-                panels=[
-                    _panel([f"{unit}/{verb}" for verb in VERBS], f"{unit.title()} of each stage, per step")
-                    for unit in ("seconds", "tokens")
-                ],
-            ),
+            Section(name="Time", panels=time),
         ],
     )
 
