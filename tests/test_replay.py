@@ -128,7 +128,7 @@ WRITERS: list[Author] = [Source.DATASET, Source.STUDENT, Source.TEACHER]
     seed=st.integers(0, 5),
 )
 def test_shares_are_exact_but_for_one_row_over_any_batches(weights: list[int], batches: list[int], seed: int):
-    shares = {writer: weight / sum(weights) for writer, weight in zip(WRITERS, weights, strict=True)}
+    shares: dict[Author, float] = {writer: weight / sum(weights) for writer, weight in zip(WRITERS, weights, strict=True)}
     replay = ReplayBuffer(seed)
     replay.begin(Replay(shares=shares))
     replay.add([row(i, source=WRITERS[i % 3] if i % 6 != 1 else Source.MIXED) for i in range(60)])
