@@ -88,11 +88,12 @@ class TeacherActor(_Replica):
 
             self._engine = VllmEngine(facts.teacher, facts.engine(config.engine), facts.eos_ids)
 
-    async def score(self, rollouts: Sequence[Rollout], needs: Needs) -> tuple[ray.ObjectRef | None, list[tuple[float, ...]]]:
-        """A reference to the block of scores, which stays in this node's object store, and log p of every token."""
+    async def score(self, rollouts: Sequence[Rollout], needs: Needs) -> tuple[ray.ObjectRef | None, list[Any]]:
+        """A reference to the block of scores, which stays in this node's object store, and log p of every token where needed."""
         scores = await asyncio.to_thread(self._teacher.score, rollouts, needs)
-        reference = ray.put(scores) if needs is Needs.DISTRIBUTION else None
-        return reference, [tuple(scores.row(index).logprobs.tolist()) for index in range(len(rollouts))]
+        reference = ray.put(scores) if needs.distribution else None
+        rows = (scores.row(index).logprobs for index in range(len(rollouts)))
+        return reference, [tuple(logprobs.tolist()) if needs.sampled else None for logprobs in rows]
 
     async def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
         return await asyncio.to_thread(self._teacher.answer, prompts, max_tokens, self._eos_ids)

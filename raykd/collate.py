@@ -110,7 +110,7 @@ def collate(
     slots = [slot for slots in predicted for slot in slots]
     tokens = [responses[b][slot] for b, slot in zip(sequences, slots, strict=True)]
     positions = [layout.predictors[b][slot] for b, slot in zip(sequences, slots, strict=True)]
-    teacher = _teacher_rows(scores, firsts, teacher_head, vocab_size) if algorithm.needs is Needs.DISTRIBUTION else _NO_TEACHER
+    teacher = _teacher_rows(scores, firsts, teacher_head, vocab_size) if algorithm.needs.distribution else _NO_TEACHER
     return MicroBatch(
         layout=layout,
         sequences=torch.tensor(sequences, dtype=torch.int64),
@@ -160,12 +160,12 @@ def _scores(row: Row, needs: Needs, fetch: Fetch) -> Scores | None:
     if needs is Needs.NOTHING:
         return None
     name = f"rollout {row.rollout.prompt_id}/{row.rollout.sample}"
-    if row.teacher_logprobs is None or (needs is Needs.DISTRIBUTION and row.scores is None):
+    if (needs.sampled and row.teacher_logprobs is None) or (needs.distribution and row.scores is None):
         raise ValueError(f"{name} has no teacher scores, but the algorithm needs them; score it before the step")
-    scores = fetch(row.scores).row(row.index) if needs is Needs.DISTRIBUTION else None
-    num_scored = len(row.teacher_logprobs) if scores is None else len(scores.logprobs)
-    if num_scored != len(row.rollout.tokens):
-        raise ValueError(f"{name} has {len(row.rollout.tokens)} tokens but {num_scored} scores: they are another row's")
+    scores = fetch(row.scores).row(row.index) if needs.distribution else None
+    for scored in (row.teacher_logprobs, None if scores is None else scores.logprobs):
+        if scored is not None and len(scored) != len(row.rollout.tokens):
+            raise ValueError(f"{name} has {len(row.rollout.tokens)} tokens but {len(scored)} scores: they are another row's")
     return scores
 
 

@@ -73,7 +73,7 @@ class Head:
 
 
 class Probe(NamedTuple):
-    """What the teacher itself computed at the scored positions; the learner's reconstruction must agree."""
+    """What the teacher itself computed at the scored positions, NaN where it did not look; a reconstruction must agree."""
 
     log_normaliser: Tensor
     """logsumexp of the logits over the true vocabulary; [N] float32."""
@@ -230,18 +230,19 @@ def _compare(own: Probe, rebuilt: Probe, dtype: torch.dtype) -> None:
     if len(own.logprobs) != len(rebuilt.logprobs) or len(own.log_normaliser) != len(rebuilt.log_normaliser):
         raise ValueError(f"the teacher's probe has {len(own.logprobs)} rows for {len(rebuilt.logprobs)} response tokens")
     tolerance = TOLERANCE[dtype]
-    wrong_normaliser, wrong_logprob = (~((a - b).abs() <= tolerance) for a, b in zip(own, rebuilt, strict=True))
-    wrong = wrong_normaliser | wrong_logprob
+    probed, broken = ~own.logprobs.isnan(), ~rebuilt.logprobs.isfinite()
+    wrong_normaliser, wrong_logprob = (~((a - b).abs() <= tolerance) & probed for a, b in zip(own, rebuilt, strict=True))
+    wrong = wrong_normaliser | wrong_logprob | broken
     if not bool(wrong.any()):
         return
     row, count = int(wrong.nonzero()[0]), int(wrong.sum())
-    if not bool(torch.isfinite(torch.stack([*own, *rebuilt])).all()):
+    if bool(broken.any()) or not bool(torch.isfinite(torch.stack([*own])[:, probed]).all()):
         cause = "some values are not finite: the states overflowed; never send float16 for a bfloat16 teacher"
     elif not bool(wrong_normaliser.any()):
         cause = (
             "the normalisers agree, so the head is right, but the tokens are not those scored: off by one, or another rollout's"
         )
-    elif count < len(wrong) // 2:
+    elif count < int(probed.sum()) // 2:
         cause = "most rows agree, so the head is right: these rows are damaged or stale; score them again"
     else:
         cause = (
@@ -249,7 +250,7 @@ def _compare(own: Probe, rebuilt: Probe, dtype: torch.dtype) -> None:
             " set, or the vocabulary is cut elsewhere"
         )
     raise ValueError(
-        f"the teacher's distribution could not be rebuilt at {count} of {len(wrong)} positions. Likely: {cause}."
+        f"the teacher's distribution could not be rebuilt at {count} of {int(probed.sum())} positions. Likely: {cause}."
         f" First at row {row}: log-normaliser {float(own.log_normaliser[row]):.4f} at the teacher and"
         f" {float(rebuilt.log_normaliser[row]):.4f} here, log-prob {float(own.logprobs[row]):.4f} and"
         f" {float(rebuilt.logprobs[row]):.4f}; tolerance {tolerance} for {dtype}"

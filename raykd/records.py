@@ -74,7 +74,8 @@ class Scores:
 
     Row n of ``hidden`` (or ``logits``) is the position that predicts response token n. ``hidden`` is the state after
     the final norm, in the teacher's own dtype; times the teacher's head it gives the exact distribution.
-    ``log_normaliser`` and ``logprobs`` are the integrity probe: what the teacher itself computed, in float32.
+    ``log_normaliser`` and ``logprobs`` are the integrity probe: what the teacher itself computed, in float32; NaN on rows that
+    it did not look at.
     """
 
     offsets: tuple[int, ...]
@@ -110,7 +111,7 @@ class Row:
     index: int = 0
     """Which rollout of the block this is."""
     teacher_logprobs: tuple[float, ...] | None = None
-    """log p(y_t | x, y_<t); [T]; None when not scored."""
+    """log p(y_t | x, y_<t); [T]; None where no algorithm asked for it."""
     reward: float = 0.0
     """What the experiment's reward says of the response."""
 

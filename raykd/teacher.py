@@ -1,6 +1,7 @@
 """The teacher worker: one prefill over prompt and response, and what an algorithm needs of its distribution on the response."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -10,9 +11,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from raykd.algorithms.base import Needs
 from raykd.experiment import TeacherConfig
 from raykd.packing import can_pack, packed, padded
-from raykd.projection import Head, teacher_probe
+from raykd.projection import Head, Probe, teacher_probe
 from raykd.records import Rollout, Scores
 from raykd.student import logit_scale_and_softcap
+
+PROBE_EVERY = 16
+"""Where no algorithm asks for the log-prob of every token, so many tokens apart is the teacher's distribution compared with what
+the learner rebuilds: looking costs the product with the whole head, which for a small model is half of scoring."""
 
 
 class Teacher:
@@ -47,17 +52,23 @@ class Teacher:
             for index, rows in zip(batch, self._response_states([rollouts[i] for i in batch]), strict=True):
                 hidden[index] = rows
         states = torch.cat(hidden)
-        tokens = torch.tensor([token for rollout in rollouts for token in rollout.tokens], device=self.device, dtype=torch.long)
-        log_normaliser, logprobs = teacher_probe(states, self._head, tokens, vocab_size=self.vocab_size, chunk=self.config.chunk)
-        offsets = [0]
-        for rollout in rollouts:
-            offsets.append(offsets[-1] + len(rollout.tokens))
-        return Scores(
-            offsets=tuple(offsets),
-            log_normaliser=log_normaliser.cpu(),
-            logprobs=logprobs.cpu(),
-            **({self.payload: self._sent(states)} if needs is Needs.DISTRIBUTION else {}),
-        )
+        offsets = (0, *accumulate(len(rollout.tokens) for rollout in rollouts))
+        probe = self._probe(states, rollouts, offsets, 1 if needs.sampled else PROBE_EVERY)
+        sent = {self.payload: self._sent(states)} if needs.distribution else {}
+        return Scores(offsets=offsets, log_normaliser=probe.log_normaliser, logprobs=probe.logprobs, **sent)
+
+    def _probe(self, states: Tensor, rollouts: Sequence[Rollout], offsets: Sequence[int], every: int) -> Probe:
+        """Of every so many tokens of a response from the first predicted one on, NaN between them; on the CPU."""
+        firsts = [0 if rollout.prompt_tokens or every == 1 else 1 for rollout in rollouts]
+        spans = zip(offsets, offsets[1:], firsts, strict=False)
+        at = torch.tensor([row for start, end, first in spans for row in range(start + first, end, every)], dtype=torch.long)
+        tokens = torch.tensor([token for rollout in rollouts for token in rollout.tokens], dtype=torch.long)
+        seen, chosen = states if every == 1 else states[at.to(self.device)], tokens[at].to(self.device)
+        probe = Probe(*torch.full((2, len(tokens)), torch.nan).unbind())
+        found = teacher_probe(seen, self._head, chosen, vocab_size=self.vocab_size, chunk=self.config.chunk)
+        for values, known in zip(probe, found, strict=True):
+            values[at] = known.cpu()
+        return probe
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Sequence[int]) -> list[tuple[int, ...]]:

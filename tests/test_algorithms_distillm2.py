@@ -149,4 +149,4 @@ def test_teacher_and_student_answer_the_same_prompts() -> None:
     mixture = DistiLLM2().mixture(at(0))
     assert (mixture.student, mixture.teacher, mixture.same_prompts) == (0.5, 0.5, True)
     assert DistiLLM2().writers == {Source.STUDENT, Source.TEACHER}
-    assert DistiLLM2().needs is Needs.DISTRIBUTION
+    assert DistiLLM2().needs is Needs.BOTH

@@ -287,7 +287,7 @@ def test_settings_of_the_loop() -> None:
     algorithm, start = MiniLLM(), Progress(step=0, steps=10)
     assert (algorithm.mixture(start).student, algorithm.mixture(start).teacher_share) == (1, 0.2)
     assert (algorithm.rollouts_per_phase, algorithm.inner_epochs, algorithm.text) == (256, 4, TextTerm(SFT(), 1.0))
-    assert algorithm.needs is Needs.DISTRIBUTION
+    assert algorithm.needs is Needs.BOTH
     assert MiniLLM(single_step=False).needs is Needs.SAMPLED
 
 

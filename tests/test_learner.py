@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from raykd.algorithms import KD, SFT, MiniLLM
-from raykd.algorithms.base import Algorithm, Needs
+from raykd.algorithms.base import Algorithm
 from raykd.collate import LossTerm, deal
 from raykd.experiment import LearnerConfig, Optimiser
 from raykd.logprobs import mixture_logprobs
@@ -119,7 +119,7 @@ def oracle_loss(model: torch.nn.Module, row: Row, algorithm: Algorithm, totals: 
     logits = model(torch.tensor([prompt + response])).logits[0, :, :VOCAB]
     student = logits[len(prompt) - 1 + first : -1].log_softmax(-1)
     scores, tokens = row.scores.row(row.index), torch.tensor(response)
-    teacher = head(scores.hidden[first:]).log_softmax(-1) if algorithm.needs is Needs.DISTRIBUTION else None
+    teacher = head(scores.hidden[first:]).log_softmax(-1) if algorithm.needs.distribution else None
     mask = torch.arange(len(response))[None] >= first
     old = torch.tensor(row.rollout.student_logprobs)[None] * mask
     own = scores.logprobs[None] * mask

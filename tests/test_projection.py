@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from raykd import projection
-from raykd.algorithms import AKL, GKD, KD, OPD, SFT, Algorithm, DistiLLM, MiniLLM, Needs, SeqKD
+from raykd.algorithms import AKL, GKD, KD, OPD, SFT, Algorithm, DistiLLM, MiniLLM, SeqKD
 from raykd.algorithms.gkd import AnyDivergence
 from raykd.projection import Head, Probe, teacher_probe, weighted_loss
 
@@ -64,7 +64,7 @@ class Case:
 
     def chunked(self, algorithm: Algorithm, **changes: Any) -> tuple[Tensor, dict[str, Tensor]]:
         teacher: dict[str, Any] = {"teacher_states": self.teacher_hidden, "teacher_head": self.teacher_head}
-        arguments = (teacher if algorithm.needs is Needs.DISTRIBUTION else {}) | changes
+        arguments = (teacher if algorithm.needs.distribution else {}) | changes
         return weighted_loss(
             self.head,
             self.hidden,
@@ -326,6 +326,21 @@ def test_true_scores_are_accepted(dtype: torch.dtype) -> None:
     case.chunked(GKD(), teacher_states=logits, teacher_head=None, probe=teacher_probe(logits, None, case.tokens, V))
     # A teacher that rounds its own logits to the dtype it computes in is still recognised.
     case.chunked(GKD(), probe=teacher_probe(logits.to(dtype), None, case.tokens, V))
+
+
+def test_a_sparse_probe_finds_another_head_and_what_is_not_finite_anywhere() -> None:
+    case = Case(64, torch.float32)
+    head = case.teacher_head
+    probe = teacher_probe(case.teacher_hidden, head, case.tokens, V)
+    for values in probe:
+        values[torch.arange(64) % 16 != 0] = torch.nan
+    case.chunked(GKD(), probe=probe)
+    with pytest.raises(ValueError, match=r"at 4 of 4 positions\. Likely: the head is not this teacher's"):
+        case.chunked(GKD(), teacher_head=replace(head, weight=head.weight.flip(0)), probe=probe)
+    overflowed = case.teacher_hidden.clone()
+    overflowed[7, 0] = torch.nan
+    with pytest.raises(ValueError, match="not finite"):
+        case.chunked(GKD(), teacher_states=overflowed, probe=probe)
 
 
 HEAD_CAUSE = "the head is not this teacher's"

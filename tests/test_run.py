@@ -212,7 +212,7 @@ def test_rollout_learner_and_teacher_agree_on_the_same_ids(self_distillation: Wo
         assert {rollout.source for rollout in rollouts} == {Source.MIXED if share else Source.STUDENT}
         count = sum(len(rollout.tokens) for rollout in rollouts)
         engine = -sum(sum(rollout.student_logprobs or ()) for rollout in rollouts) / count
-        rows = workers.score(rollouts, Needs.DISTRIBUTION)
+        rows = workers.score(rollouts, Needs.BOTH)
         blocks: dict[ray.ObjectRef, Scores] = {row.scores: ray.get(row.scores) for row in rows}
         for row in rows:  # token by token: the rollout engine against the teacher's prefill
             recorded = torch.tensor(row.rollout.student_logprobs)

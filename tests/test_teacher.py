@@ -1,5 +1,6 @@
 """The teacher's worker: what it sends is its model's own distribution, in whatever form, whatever else is in the batch."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from raykd.collate import collate
 from raykd.experiment import TeacherConfig
 from raykd.records import Rollout, Row, Source, Totals
 from raykd.student import Student
-from raykd.teacher import Teacher, payload_bytes
+from raykd.teacher import PROBE_EVERY, Teacher, payload_bytes
 
 SETTINGS: dict[str, Any] = {"dtype": torch.float32, "vocab_size": VOCAB, "chunk": 4, "activation_checkpointing": False}
 TEXTS = [((1, 2, 3), (7, 8, 9, 10)), ((4, 5), (11,)), ((1, 2, 3), (12, 13)), ((), (14, 15, 16)), ((6,), ())]
@@ -41,7 +42,7 @@ def own_logprobs(folder: str, prompt: tuple[int, ...], response: tuple[int, ...]
 def test_scores_are_the_models_own(tmp_path: Path, kind: str, payload: str, batch_tokens: int) -> None:
     folder = saved_model(tmp_path, kind, ARCHITECTURES[kind])
     teacher = make_teacher(folder, payload=payload, batch_tokens=batch_tokens)
-    scores = teacher.score(ROLLOUTS, Needs.DISTRIBUTION)
+    scores = teacher.score(ROLLOUTS, Needs.BOTH)
     for index, (prompt, response) in enumerate(TEXTS):
         first = 0 if prompt else 1
         expected, found = own_logprobs(folder, prompt, response), scores.row(index)
@@ -51,6 +52,19 @@ def test_scores_are_the_models_own(tmp_path: Path, kind: str, payload: str, batc
         torch.testing.assert_close(sent[first:].logsumexp(-1), found.log_normaliser[first:], atol=1e-5, rtol=1e-5)
         chosen = expected.gather(-1, torch.tensor(response[first:], dtype=torch.long)[:, None])[:, 0]
         torch.testing.assert_close(found.logprobs[first:], chosen, atol=1e-5, rtol=1e-5)
+
+
+def test_without_need_of_every_log_prob_the_probe_is_sparse_and_starts_at_the_first_predicted_token(tmp_path: Path) -> None:
+    teacher = make_teacher(saved_model(tmp_path, "llama", ARCHITECTURES["llama"]))
+    long = [replace(rollout, tokens=tuple(index % VOCAB for index in range(40))) for rollout in ROLLOUTS]
+    every, some = (teacher.score(long, needs) for needs in (Needs.BOTH, Needs.DISTRIBUTION))
+    for index, rollout in enumerate(long):
+        expected, found = every.row(index), some.row(index)
+        first = 0 if rollout.prompt_tokens else 1
+        looked_at = [row for row in range(40) if not found.logprobs[row].isnan()]
+        assert looked_at == list(range(first, 40, PROBE_EVERY))
+        torch.testing.assert_close(found.logprobs[looked_at], expected.logprobs[looked_at])
+        torch.testing.assert_close(found.log_normaliser[looked_at], expected.log_normaliser[looked_at])
 
 
 def test_what_has_fewer_bytes_is_sent(tmp_path: Path) -> None:

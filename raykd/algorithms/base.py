@@ -32,11 +32,22 @@ Author = Literal[Source.DATASET, Source.STUDENT, Source.TEACHER]
 
 
 class Needs(StrEnum):
-    """What an algorithm needs of the teacher."""
+    """What an algorithm needs of the teacher: the log-prob of every response token, its whole distribution there, or both."""
 
     NOTHING = "nothing"
     SAMPLED = "sampled"
     DISTRIBUTION = "distribution"
+    BOTH = "both"
+
+    @property
+    def sampled(self) -> bool:
+        """Rows carry the teacher's log-probs."""
+        return self in (Needs.SAMPLED, Needs.BOTH)
+
+    @property
+    def distribution(self) -> bool:
+        """Rows refer to the teacher's distributions."""
+        return self in (Needs.DISTRIBUTION, Needs.BOTH)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +150,7 @@ class Algorithm(BaseModel, ABC):
     @abstractmethod
     def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
         """Reduce the vocabulary. ``student`` and ``teacher`` are log-probabilities ``[n, V]``, at least float32 (``teacher`` is
-        None unless ``needs`` is ``distribution``), ``tokens`` the response tokens ``[n]``, ``given`` what ``per_sequence`` says
+        None unless ``needs.distribution``), ``tokens`` the response tokens ``[n]``, ``given`` what ``per_sequence`` says
         of them. ``loss`` is minimised, every other entry a metric, averaged over the tokens of the step; all are ``[n]``."""
 
     def per_step(self, progress: Progress, rows: Sequence[Row]) -> dict[str, float]:

@@ -60,7 +60,7 @@ class DistiLLM2(Algorithm):
 
     @property
     def needs(self) -> Needs:
-        return Needs.DISTRIBUTION
+        return Needs.BOTH
 
     @property
     def rollouts_per_phase(self) -> int | None:

@@ -85,7 +85,7 @@ class MiniLLM(Algorithm):
 
     @property
     def needs(self) -> Needs:
-        return Needs.DISTRIBUTION if self.single_step else Needs.SAMPLED
+        return Needs.BOTH if self.single_step else Needs.SAMPLED
 
     @property
     def rollouts_per_phase(self) -> int | None:

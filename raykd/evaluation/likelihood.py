@@ -43,7 +43,7 @@ class Scorer:
     """A frozen model: log-probs of given tokens, and its distribution from its hidden states."""
 
     def __init__(self, model: str, config: TeacherConfig, vocab_size: int) -> None:
-        self._model = Teacher(model, config, vocab_size=vocab_size)
+        self._model = Teacher(model, config.model_copy(update={"payload": "hidden"}), vocab_size=vocab_size)
         head, device = self._model.head(), self._model.device
         self._head = replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
         self.device, self.chunk = device, config.chunk
