@@ -139,14 +139,14 @@ def gigaflops(vocab_size: int, tokens: int) -> float:
 
 
 def seconds(vocab_size: int, tokens: int) -> dict[str, list[float]]:
-    """Of five rounds, or of two where they are long."""
+    """Of three rounds, or of two where they are long."""
     x = Inputs(vocab_size, tokens)
     runs: dict[str, Callable[[], object]] = {
         name: lambda loss=loss: x.gradients(loss) for name, loss in contenders(vocab_size, tokens).items()
     }
     runs["products alone"] = lambda: products(x)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(1 + (5 if gigaflops(vocab_size, tokens) < 300 else 2)):
+    for _ in range(1 + (3 if gigaflops(vocab_size, tokens) < 300 else 2)):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
