@@ -22,8 +22,8 @@ from ray.experimental import get_object_locations
 from rich.console import Console
 from rich.table import Table
 
+from raykd.payloads import payload_bytes
 from raykd.records import Scores
-from raykd.teacher import payload_bytes
 from raykd.weights import checksum
 
 WIDTH, DTYPE, PROBE_BYTES = 5120, torch.bfloat16, 8

@@ -88,9 +88,9 @@ class TeacherActor(_Replica):
 
             self._engine = VllmEngine(facts.teacher, facts.engine(config.engine), facts.eos_ids)
 
-    async def score(self, rollouts: Sequence[Rollout], needs: Needs) -> tuple[ray.ObjectRef | None, list[Any]]:
+    async def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None) -> tuple[ray.ObjectRef | None, list[Any]]:
         """A reference to the block of scores, which stays in this node's object store, and log p of every token where needed."""
-        scores = await asyncio.to_thread(self._teacher.score, rollouts, needs)
+        scores = await asyncio.to_thread(self._teacher.score, rollouts, needs, top_k)
         reference = ray.put(scores) if needs.distribution else None
         rows = (scores.row(index).logprobs for index in range(len(rollouts)))
         return reference, [tuple(logprobs.tolist()) if needs.sampled else None for logprobs in rows]

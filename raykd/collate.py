@@ -14,6 +14,7 @@ from torch import Tensor
 from raykd.algorithms.base import Algorithm, Needs
 from raykd.logprobs import mixture_logprobs
 from raykd.packing import Layout, packed, padded
+from raykd.payloads import Top
 from raykd.projection import Head
 from raykd.records import Batch, Row, Scores, Source, Totals
 
@@ -47,10 +48,10 @@ class MicroBatch:
     """[N] int64: its index within the response."""
     tokens: Tensor
     """[N] int64."""
-    teacher_hidden: Tensor | None
-    """[N, H]."""
-    teacher_logits: Tensor | None
-    """[N, V]."""
+    teacher: Tensor | Top | None
+    """Hidden states [N, H], logits [N, V], or most probable tokens; None where its distribution is not needed."""
+    needs_head: bool
+    """``teacher`` is hidden states."""
     log_normaliser: Tensor
     """[N] of the teacher; empty where its distribution is not needed."""
     logprobs: Tensor
@@ -170,27 +171,30 @@ def _scores(row: Row, needs: Needs, fetch: Fetch) -> Scores | None:
 
 
 _NO_TEACHER: dict[str, Any] = {
-    "teacher_hidden": None,
-    "teacher_logits": None,
+    "teacher": None,
+    "needs_head": False,
     "log_normaliser": torch.zeros(0),
     "logprobs": torch.zeros(0),
 }
 
 
 def _teacher_rows(scores: Sequence[Scores | None], firsts: Sequence[int], head: Head | None, vocab_size: int) -> dict[str, Any]:
-    """The teacher's states [N, H] or logits [N, V] of the predicted tokens, and its probe [N]."""
+    """The teacher's distribution of the predicted tokens as it was sent, and its probe [N]."""
     blocks = [(score, first) for score, first in zip(scores, firsts, strict=True) if score is not None]
     hidden = [score.hidden[first:] for score, first in blocks if score.hidden is not None]
     logits = [score.logits[first:] for score, first in blocks if score.logits is not None]
-    if hidden and logits:
-        raise ValueError("some rows of a micro-batch hold the teacher's hidden states, others its logits; send one of them")
+    tops = [score.top.rows(slice(first, None)) for score, first in blocks if score.top is not None]
+    if sum(map(bool, (hidden, logits, tops))) > 1:
+        raise ValueError("the rows of a micro-batch hold different forms of the teacher's distribution; send one of them")
     if hidden and head is None:
         raise ValueError("the scores hold the teacher's hidden states, but the learner has no teacher head; pass teacher_head")
-    if not hidden and not logits and head is not None:
-        hidden = [torch.zeros(0, head.weight.shape[1], dtype=head.weight.dtype)]
+    if tops:
+        teacher = Top(*map(torch.cat, zip(*tops, strict=True)))
+    else:
+        teacher = torch.cat(hidden or logits or [torch.zeros(0, vocab_size)])
     return {
-        "teacher_hidden": torch.cat(hidden) if hidden else None,
-        "teacher_logits": None if hidden else torch.cat(logits or [torch.zeros(0, vocab_size)]),
+        "teacher": teacher,
+        "needs_head": bool(hidden),
         "log_normaliser": torch.cat([score.log_normaliser[first:] for score, first in blocks] or [torch.zeros(0)]),
         "logprobs": torch.cat([score.logprobs[first:] for score, first in blocks] or [torch.zeros(0)]),
     }
@@ -214,6 +218,8 @@ def _moved(value: Any, device: torch.device) -> Any:
             moved[field.name] = item.to(device, non_blocking=True)
         elif isinstance(item, Batch):
             moved[field.name] = _moved(item, device)
+        elif isinstance(item, Top):
+            moved[field.name] = Top(*(values.to(device, non_blocking=True) for values in item))
         elif isinstance(item, Layout):
             moved[field.name] = item.to(device)
     return replace(value, **moved)

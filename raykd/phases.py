@@ -153,5 +153,5 @@ class Phases:
 
 def assess(workers: Workers, rollouts: list[Rollout], algorithm: Algorithm) -> list[Row]:
     """Everything that the algorithm asks about the responses: the teacher's scores, the reward."""
-    rows = workers.score(rollouts, algorithm.needs) if rollouts else []
+    rows = workers.score(rollouts, algorithm.needs, algorithm.top_k) if rollouts else []
     return workers.rate(rows) if algorithm.needs_reward and rows else rows

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from raykd.logprobs import gather, promote
+from raykd.payloads import Probe, Top, compare, unwritten
 
 Reduce = Callable[[Tensor, Tensor | None, Tensor, dict[str, Tensor]], dict[str, Tensor]]
 """Student and teacher log-probs ``[n, V]``, tokens ``[n]`` and what is given of them ``{name: [n]}``, to ``{name: [n]}``: an
@@ -33,9 +34,6 @@ CHUNK_ELEMENTS = {"cpu": 15 * 2**19, "cuda": 2**25}
 the system at once, and getting it again page by page takes longer than computing on it."""
 TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 """Most logits that are reduced at a time: on a CPU 4 MiB, so that the many passes between logits and slope stay in its cache."""
-
-TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest accepted difference, in nats, between the teacher's probe and its reconstruction, by the dtype that travelled."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,19 +70,6 @@ class Head:
         return replace(self, weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size])
 
 
-class Probe(NamedTuple):
-    """What the teacher itself computed at the scored positions, NaN where it did not look; a reconstruction must agree."""
-
-    log_normaliser: Tensor
-    """logsumexp of the logits over the true vocabulary; [N] float32."""
-    logprobs: Tensor
-    """log p of the response token; [N] float32."""
-
-    def rows(self, at: slice) -> "Probe":
-        """Of some positions, in place."""
-        return Probe(self.log_normaliser[at], self.logprobs[at])
-
-
 def weighted_loss(
     head: Head,
     hidden: Tensor,
@@ -94,7 +79,7 @@ def weighted_loss(
     *,
     vocab_size: int,
     given: dict[str, Tensor] | None = None,
-    teacher_states: Tensor | None = None,
+    teacher_states: Tensor | Top | None = None,
     teacher_head: Head | None = None,
     probe: Probe | None = None,
     chunk: int | None = None,
@@ -102,13 +87,13 @@ def weighted_loss(
     """sum_n weights_n loss_n of ``reduce``, and the sums of its other entries, which have no gradient.
 
     ``hidden`` is ``[N, H]``, ``tokens`` and ``weights`` are ``[N]``; the loss is differentiable once, to ``hidden`` and to weight
-    and bias of ``head``. The teacher comes as its hidden states ``[N, H]`` with ``teacher_head``, as its logits ``[N, V]``
-    without, or not at all. With ``probe`` it is compared on the way: ValueError when it is not the teacher's own distribution.
-    A chunk is ``chunk`` positions at most.
+    and bias of ``head``. The teacher comes as its hidden states ``[N, H]`` with ``teacher_head``, as its logits ``[N, V]`` or
+    most probable tokens without, or not at all. With ``probe`` it is compared on the way: ValueError when it is not the teacher's
+    own distribution. A chunk is ``chunk`` positions at most.
     """
     gradients = _Gradients.of(hidden, head)
     totals: dict[str, Tensor] = {}
-    rebuilt = _unwritten(tokens)
+    rebuilt = unwritten(tokens)
 
     def sums(product: Tensor, teacher: Tensor | None, at: slice) -> dict[str, Tensor]:
         facts = {name: values[at] for name, values in (given or {}).items()}
@@ -120,7 +105,7 @@ def weighted_loss(
         """A function, so that nothing of one chunk is alive in the next."""
         states = hidden[rows].to(student.weight.dtype)
         product = student.product(states)
-        teacher_product = None if teacher_states is None else _product_of(teacher_states[rows], guide)
+        teacher_product = None if teacher_states is None else _product_of(teacher_states, rows, guide, vocab_size)
         for at in _slices(rows.start, rows.stop, _positions(TILE_ELEMENTS, hidden, vocab_size)):
             tile = slice(at.start - rows.start, at.stop - rows.start)
             teacher = None
@@ -137,7 +122,7 @@ def weighted_loss(
         for rows in _slices(0, len(tokens), _positions(CHUNK_ELEMENTS, hidden, vocab_size, chunk)):
             take(rows)
     if probe is not None and teacher_states is not None:
-        _compare(probe, rebuilt, teacher_states.dtype)
+        compare(probe, rebuilt, torch.float32 if isinstance(teacher_states, Top) else teacher_states.dtype)
     return _Differentiated.apply(totals.pop("loss"), gradients, hidden, head.weight, head.bias), totals
 
 
@@ -145,10 +130,23 @@ def weighted_loss(
 def teacher_probe(states: Tensor, head: Head | None, tokens: Tensor, vocab_size: int, chunk: int | None = None) -> Probe:
     """What ``Scores`` carries as its probe, from the teacher's hidden states ``[N, H]``, or from logits when ``head`` is None."""
     head = None if head is None else _ready(head, vocab_size)
-    probe = _unwritten(tokens)
+    probe = unwritten(tokens)
     for rows in _slices(0, len(tokens), _positions(CHUNK_ELEMENTS, states, vocab_size, chunk)):
-        _teacher(_product_of(states[rows], head), head, tokens[rows], vocab_size, probe.rows(rows))
+        _teacher(_product_of(states, rows, head, vocab_size), head, tokens[rows], vocab_size, probe.rows(rows))
     return probe
+
+
+@torch.no_grad()
+def teacher_top(states: Tensor, head: Head, k: int, vocab_size: int, chunk: int | None = None) -> Top:
+    """The ``k`` most probable tokens, from the teacher's hidden states ``[N, H]``."""
+    head = _ready(head, vocab_size)
+    found = []
+    for rows in _slices(0, len(states), _positions(CHUNK_ELEMENTS, states, vocab_size, chunk)):
+        logprobs = torch.log_softmax(head(states[rows]), dim=-1)
+        values, tokens = logprobs.topk(k)
+        others = logprobs.scatter_(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
+        found.append(Top(tokens.int(), torch.cat([values, others], -1).float()))
+    return Top(torch.cat([top.tokens for top in found]), torch.cat([top.logprobs for top in found]))
 
 
 def _differentiate(product: Tensor, sums: Callable[[Tensor], dict[str, Tensor]], wanted: bool) -> dict[str, Tensor]:
@@ -207,9 +205,11 @@ def _zeros_if_learned(value: Tensor | None) -> Tensor | None:
     return torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
 
 
-def _product_of(states: Tensor, head: Head | None) -> Tensor:
-    """The teacher's W h, or its logits where they are what was sent."""
-    return states if head is None else head.product(states)
+def _product_of(sent: Tensor | Top, rows: slice, head: Head | None, vocab_size: int) -> Tensor:
+    """The teacher's W h of some rows, or its logits where they are what was sent."""
+    if isinstance(sent, Top):
+        return sent.rows(rows).spread(vocab_size)
+    return sent[rows] if head is None else head.product(sent[rows])
 
 
 def _teacher(product: Tensor, head: Head | None, tokens: Tensor, vocab_size: int, probe: Probe) -> Tensor:
@@ -223,38 +223,6 @@ def _teacher(product: Tensor, head: Head | None, tokens: Tensor, vocab_size: int
     probe.logprobs.copy_(gather(logprobs, tokens))
     probe.log_normaliser.copy_(gather(logits, tokens) - probe.logprobs)
     return logprobs
-
-
-def _compare(own: Probe, rebuilt: Probe, dtype: torch.dtype) -> None:
-    """One synchronisation when all is well; the diagnosis is worked out only on failure."""
-    if len(own.logprobs) != len(rebuilt.logprobs) or len(own.log_normaliser) != len(rebuilt.log_normaliser):
-        raise ValueError(f"the teacher's probe has {len(own.logprobs)} rows for {len(rebuilt.logprobs)} response tokens")
-    tolerance = TOLERANCE[dtype]
-    probed, broken = ~own.logprobs.isnan(), ~rebuilt.logprobs.isfinite()
-    wrong_normaliser, wrong_logprob = (~((a - b).abs() <= tolerance) & probed for a, b in zip(own, rebuilt, strict=True))
-    wrong = wrong_normaliser | wrong_logprob | broken
-    if not bool(wrong.any()):
-        return
-    row, count = int(wrong.nonzero()[0]), int(wrong.sum())
-    if bool(broken.any()) or not bool(torch.isfinite(torch.stack([*own])[:, probed]).all()):
-        cause = "some values are not finite: the states overflowed; never send float16 for a bfloat16 teacher"
-    elif not bool(wrong_normaliser.any()):
-        cause = (
-            "the normalisers agree, so the head is right, but the tokens are not those scored: off by one, or another rollout's"
-        )
-    elif count < int(probed.sum()) // 2:
-        cause = "most rows agree, so the head is right: these rows are damaged or stale; score them again"
-    else:
-        cause = (
-            "the head is not this teacher's, or the states miss the final norm, or scale, bias or soft-cap of the logits are not"
-            " set, or the vocabulary is cut elsewhere"
-        )
-    raise ValueError(
-        f"the teacher's distribution could not be rebuilt at {count} of {int(probed.sum())} positions. Likely: {cause}."
-        f" First at row {row}: log-normaliser {float(own.log_normaliser[row]):.4f} at the teacher and"
-        f" {float(rebuilt.log_normaliser[row]):.4f} here, log-prob {float(own.logprobs[row]):.4f} and"
-        f" {float(rebuilt.logprobs[row]):.4f}; tolerance {tolerance} for {dtype}"
-    )
 
 
 def _ready(head: Head, vocab_size: int) -> Head:
@@ -288,8 +256,3 @@ def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
     """At most ``size`` positions each; an empty one where there are none, so that every name gets its sum."""
     for first in range(start, max(stop, start + 1), size):
         yield slice(first, min(first + size, stop))
-
-
-def _unwritten(tokens: Tensor) -> Probe:
-    """To be filled in place: small tensors that outlive a tile would keep the memory of large ones from being used again."""
-    return Probe(*torch.empty(2, len(tokens), device=tokens.device).unbind())

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from raykd.payloads import Top
+
 
 class Source(StrEnum):
     """Who wrote a response."""
@@ -88,6 +90,8 @@ class Scores:
     """[N, H]."""
     logits: Tensor | None = None
     """[N, V] float32."""
+    top: Top | None = None
+    """Of the most probable tokens; the probe then looks at those of them that were written."""
 
     def row(self, index: int) -> "Scores":
         """The scores of one rollout of the block."""
@@ -98,6 +102,7 @@ class Scores:
             logprobs=self.logprobs[start:end],
             hidden=None if self.hidden is None else self.hidden[start:end],
             logits=None if self.logits is None else self.logits[start:end],
+            top=None if self.top is None else self.top.rows(slice(start, end)),
         )
 
 

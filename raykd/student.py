@@ -18,7 +18,8 @@ from raykd.algorithms.base import Algorithm
 from raykd.collate import MicroBatch
 from raykd.logprobs import gather
 from raykd.packing import can_pack, packed, padded
-from raykd.projection import Head, Probe, Reduce, weighted_loss
+from raykd.payloads import Probe
+from raykd.projection import Head, Reduce, weighted_loss
 from raykd.records import Batch
 
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -56,7 +57,6 @@ class StudentHead(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``[N, H], [N]`` to the weighted loss and the sum of every metric; ValueError when the teacher's own log-probs cannot be
         rebuilt from its scores."""
-        teacher_states = micro.teacher_logits if micro.teacher_hidden is None else micro.teacher_hidden
         return weighted_loss(
             self.head(),
             hidden,
@@ -65,8 +65,8 @@ class StudentHead(nn.Module):
             with_mismatch(algorithm.per_token) if bool(micro.batch.by_student.any()) else algorithm.per_token,
             vocab_size=vocab_size,
             given=given,
-            teacher_states=teacher_states,
-            teacher_head=None if micro.teacher_hidden is None else teacher_head,
+            teacher_states=micro.teacher,
+            teacher_head=teacher_head if micro.needs_head else None,
             probe=Probe(micro.log_normaliser, micro.logprobs),
             chunk=chunk,
         )

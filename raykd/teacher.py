@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from raykd.algorithms.base import Needs
 from raykd.experiment import TeacherConfig
 from raykd.packing import can_pack, packed, padded
-from raykd.projection import Head, Probe, teacher_probe
+from raykd.payloads import Probe, Top, payload_bytes
+from raykd.projection import Head, teacher_probe, teacher_top
 from raykd.records import Rollout, Scores
 from raykd.student import logit_scale_and_softcap
 
@@ -21,8 +22,8 @@ the learner rebuilds: looking costs the product with the whole head, which for a
 
 
 class Teacher:
-    """Frozen. ``score`` sends the hidden state after the final norm; times ``head`` it is the exact distribution. Where that
-    has more bytes than the logits, in a vocabulary smaller than the model is wide, it sends these."""
+    """Frozen. ``score`` sends the hidden state after the final norm, times ``head`` the exact distribution; or, where they have
+    fewer bytes, the logits (a vocabulary smaller than the model is wide) or all that a divergence looks at."""
 
     def __init__(self, model: str | PreTrainedModel, config: TeacherConfig, *, vocab_size: int) -> None:
         """``model`` is a folder, a name on the Hub, or the model itself."""
@@ -36,8 +37,11 @@ class Teacher:
         self._body = causal.base_model
         self._head = head_of(causal).cut(vocab_size)
         self.config, self.vocab_size = config, vocab_size
-        sizes = payload_bytes(self._head.weight.shape[1], vocab_size, self._head.weight.dtype)
-        self.payload = config.payload if config.payload != "auto" else min(sizes, key=lambda payload: sizes[payload])
+
+    def payload(self, top_k: int | None = None) -> str:
+        """What is sent: ``hidden``, ``logits``, or ``top`` where a divergence looks at ``top_k`` tokens only."""
+        sizes = payload_bytes(self._head.weight.shape[1], self.vocab_size, self._head.weight.dtype, top_k)
+        return self.config.payload if self.config.payload != "auto" else min(sizes, key=lambda payload: sizes[payload])
 
     def head(self) -> Head:
         """The language-model head on the CPU, cut to the true vocabulary: the learner's copy."""
@@ -45,17 +49,36 @@ class Teacher:
         return Head(weight=self._head.weight.cpu(), bias=bias, scale=self._head.scale, softcap=self._head.softcap)
 
     @torch.inference_mode()
-    def score(self, rollouts: Sequence[Rollout], needs: Needs) -> Scores:
-        """Score the responses; the block's rows follow the order of ``rollouts``."""
+    def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None = None) -> Scores:
+        """Score the responses; the block's rows follow the order of ``rollouts``. ``top_k``: the algorithm's."""
         hidden: list[Tensor] = [torch.empty(0)] * len(rollouts)
         for batch in _batches(rollouts, self.config.batch_tokens, packs=self._lay is packed):
             for index, rows in zip(batch, self._response_states([rollouts[i] for i in batch]), strict=True):
                 hidden[index] = rows
         states = torch.cat(hidden)
         offsets = (0, *accumulate(len(rollout.tokens) for rollout in rollouts))
+        if needs is Needs.DISTRIBUTION and top_k is not None and self.payload(top_k) == "top":
+            return self._top(states, rollouts, offsets, top_k)
         probe = self._probe(states, rollouts, offsets, 1 if needs.sampled else PROBE_EVERY)
-        sent = {self.payload: self._sent(states)} if needs.distribution else {}
+        sent: dict[str, Any] = {}
+        if needs.distribution:
+            payload = self.payload()
+            sent[payload] = (states if payload == "hidden" else self._head(states)).cpu()
         return Scores(offsets=offsets, log_normaliser=probe.log_normaliser, logprobs=probe.logprobs, **sent)
+
+    def _top(self, states: Tensor, rollouts: Sequence[Rollout], offsets: tuple[int, ...], top_k: int) -> Scores:
+        """The most probable tokens; the probe is their log-probs, where the response has one of them."""
+        top = Top(*(values.cpu() for values in teacher_top(states, self._head, top_k, self.vocab_size, self.config.chunk)))
+        tokens = torch.tensor([token for rollout in rollouts for token in rollout.tokens], dtype=torch.int32)
+        written = top.tokens == tokens[:, None]
+        logprobs = torch.where(written, top.logprobs[:, :-1], 0.0).sum(-1)
+        unseen = ~written.any(-1)
+        return Scores(
+            offsets=offsets,
+            log_normaliser=torch.zeros_like(logprobs).masked_fill_(unseen, torch.nan),
+            logprobs=logprobs.masked_fill_(unseen, torch.nan),
+            top=top,
+        )
 
     def _probe(self, states: Tensor, rollouts: Sequence[Rollout], offsets: Sequence[int], every: int) -> Probe:
         """Of every so many tokens of a response from the first predicted one on, NaN between them; on the CPU."""
@@ -90,20 +113,11 @@ class Teacher:
             answers.append(tuple(written[0, len(prompt) :].tolist()))
         return answers
 
-    def _sent(self, states: Tensor) -> Tensor:
-        """What travels of ``[N, H]``."""
-        return (states if self.payload == "hidden" else self._head(states)).cpu()
-
     def _response_states(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """For each rollout the states [T, H] of the positions that predict its response."""
         layout = self._lay([rollout.prompt_tokens for rollout in rollouts], [rollout.tokens for rollout in rollouts], 0)
         states = layout.to(self.device).states(self._body)
         return [states[positions] for positions in layout.predictors]
-
-
-def payload_bytes(hidden_size: int, vocab_size: int, dtype: torch.dtype) -> dict[str, int]:
-    """Of one response token: hidden states in the teacher's dtype, logits in float32. The 8 bytes of the probe come on top."""
-    return {"hidden": hidden_size * dtype.itemsize, "logits": vocab_size * 4}
 
 
 def head_of(model: PreTrainedModel) -> Head:

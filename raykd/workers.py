@@ -109,8 +109,8 @@ class Workers:
             measured.tokens = sum(len(rollout.tokens) for rollout in rollouts)
         return rollouts
 
-    def score(self, rollouts: Sequence[Rollout], needs: Needs) -> list[Row]:
-        """Rows with references to what the algorithm needs of the teacher; the order is kept."""
+    def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None = None) -> list[Row]:
+        """Rows with references to what the algorithm needs of the teacher; the order is kept. ``top_k``: the algorithm's."""
         if needs is Needs.NOTHING:
             return unscored(rollouts)
         assert self.teachers is not None, "the experiment has no teacher"
@@ -118,7 +118,7 @@ class Workers:
             measured.tokens = sum(len(rollout.tokens) for rollout in rollouts)
             order = {id(rollout): index for index, rollout in enumerate(rollouts)}
             shares = [share for share in deal(unscored(rollouts), len(self.teachers.actors)) if share]
-            calls = [{"rollouts": [row.rollout for row in share], "needs": needs} for share in shares]
+            calls = [{"rollouts": [row.rollout for row in share], "needs": needs, "top_k": top_k} for share in shares]
             blocks = self.teachers.map("score", calls)
         rows = [
             replace(row, scores=scores, index=index, teacher_logprobs=logprobs[index])

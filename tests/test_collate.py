@@ -70,8 +70,8 @@ def test_position_n_predicts_response_token_n() -> None:
     assert micro.slots.tolist() == [0, 1, 2, 0]
     assert micro.tokens.tolist() == [5, 6, 7, 5]
     assert micro.batch.tokens.tolist() == [[5, 6, 7], [5, 0, 0]]
-    assert micro.teacher_hidden is not None
-    assert micro.teacher_hidden.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 1, 2]]
+    assert isinstance(micro.teacher, torch.Tensor) and micro.needs_head
+    assert micro.teacher.tolist() == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [0, 1, 2]]
     assert micro.logprobs.tolist() == [-1, -2, -3, -1]
 
 
@@ -90,8 +90,8 @@ def test_no_rows_and_empty_responses_predict_nothing() -> None:
         micro = collated(rows, MiniLLM())
         assert len(micro.tokens) == 0
         assert not micro.batch.mask.any()
-        assert micro.teacher_hidden is not None
-        assert micro.teacher_hidden.shape == (0, 3)
+        assert isinstance(micro.teacher, torch.Tensor)
+        assert len(micro.teacher) == 0
 
 
 def test_the_behaviour_is_the_law_the_token_was_drawn_from() -> None:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "raykd"
 
 # Lowest first. A module (or folder) imports from rows below its own, and from its own row without going in circles.
 ROWS = (
-    ("records", "logprobs"),
+    ("payloads", "records", "logprobs"),
     ("divergences", "surrogates", "projection", "packing"),
     ("algorithms", "prompts", "replay", "weights", "tracking", "usage", "experiment"),
     ("collate", "rank", "student"),

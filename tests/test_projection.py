@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from raykd import projection
 from raykd.algorithms import AKL, GKD, KD, OPD, SFT, Algorithm, DistiLLM, MiniLLM, SeqKD
 from raykd.algorithms.gkd import AnyDivergence
-from raykd.projection import Head, Probe, teacher_probe, weighted_loss
+from raykd.payloads import Probe
+from raykd.projection import Head, teacher_probe, weighted_loss
 
 N, H_STUDENT, H_TEACHER, V, PADDED = 11, 6, 8, 13, 16
 DIVERGENCES = [kind() for kind in get_args(get_args(AnyDivergence)[0])]

@@ -10,13 +10,15 @@ from test_student import ARCHITECTURES, VOCAB, saved_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from raykd.algorithms import KD
+from raykd.algorithms import GKD
 from raykd.algorithms.base import Needs
+from raykd.algorithms.gkd import JSD, ForwardKL, OfDistributions, ReverseKL, TopK
 from raykd.collate import collate
 from raykd.experiment import TeacherConfig
+from raykd.payloads import payload_bytes
 from raykd.records import Rollout, Row, Source, Totals
 from raykd.student import Student
-from raykd.teacher import PROBE_EVERY, Teacher, payload_bytes
+from raykd.teacher import PROBE_EVERY, Teacher
 
 SETTINGS: dict[str, Any] = {"dtype": torch.float32, "vocab_size": VOCAB, "chunk": 4, "activation_checkpointing": False}
 TEXTS = [((1, 2, 3), (7, 8, 9, 10)), ((4, 5), (11,)), ((1, 2, 3), (12, 13)), ((), (14, 15, 16)), ((6,), ())]
@@ -69,31 +71,48 @@ def test_without_need_of_every_log_prob_the_probe_is_sparse_and_starts_at_the_fi
 
 def test_what_has_fewer_bytes_is_sent(tmp_path: Path) -> None:
     folder = saved_model(tmp_path, "llama", ARCHITECTURES["llama"])  # 32 wide
-    assert make_teacher(folder).payload == "hidden"
+    assert make_teacher(folder).payload() == "hidden"
     narrow = Teacher(folder, TeacherConfig(dtype="float32"), vocab_size=31)
-    assert narrow.payload == "logits"
+    assert narrow.payload() == "logits"
     assert narrow.score(ROLLOUTS, Needs.SAMPLED).logits is None
     assert payload_bytes(5120, 32_000, torch.bfloat16) == {"hidden": 10_240, "logits": 128_000}
+    assert payload_bytes(5120, 32_000, torch.bfloat16, 64)["top"] == 516
+    assert "top" not in payload_bytes(5120, 32_000, torch.bfloat16, 32_000)
+    assert make_teacher(folder).payload(top_k=15) == "top"
+    assert make_teacher(folder).payload(top_k=16) == "hidden"
 
 
-def test_both_payloads_teach_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("of", [ForwardKL(), ReverseKL(), JSD()])
+def test_every_payload_teaches_the_same(tmp_path: Path, of: OfDistributions) -> None:
     folder = saved_model(tmp_path / "student", "llama", ARCHITECTURES["llama"])
     wider = saved_model(tmp_path / "teacher", "llama", {**ARCHITECTURES["llama"], "hidden_size": 48})
+    algorithm = GKD(divergence=TopK(k=5, of=of))
     found: list[list[Tensor]] = []
-    for payload in ("hidden", "logits"):
-        student, teacher = (
-            Student(folder, teacher_head=make_teacher(wider).head(), **SETTINGS),
-            make_teacher(wider, payload=payload),
-        )
-        scores = teacher.score(ROLLOUTS, Needs.DISTRIBUTION)
-        rows = [
-            Row(rollout=rollout, scores=scores, index=index, teacher_logprobs=tuple(scores.row(index).logprobs.tolist()))
-            for index, rollout in enumerate(ROLLOUTS)
-        ]
+    for payload in ("hidden", "logits", "auto"):
+        teacher = make_teacher(wider, payload=payload)
+        student = Student(folder, teacher_head=teacher.head(), **SETTINGS)
+        scores = teacher.score(ROLLOUTS, algorithm.needs, algorithm.top_k)
+        assert (scores.top is not None) == (payload == "auto")
+        rows = [Row(rollout=rollout, scores=scores, index=index) for index, rollout in enumerate(ROLLOUTS)]
         fields: dict[str, Any] = {"fetch": lambda block: block, "vocab_size": VOCAB, "pad_id": 0, "lay": student.lay}
-        micro = collate(rows, KD(), Totals.of(rows), teacher_head=teacher.head(), **fields)
-        loss, _ = student(micro, KD())
+        micro = collate(rows, algorithm, Totals.of(rows), teacher_head=teacher.head(), **fields)
+        loss, _ = student(micro, algorithm)
         found.append([loss, *torch.autograd.grad(loss, list(student.model.parameters()))])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
-        assert one.any()
+    for hidden, logits, top in zip(*found, strict=True):
+        torch.testing.assert_close(logits, hidden, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(top, hidden, atol=1e-6, rtol=1e-5)
+        assert hidden.any()
+
+
+def test_the_most_probable_tokens_of_another_response_are_refused(tmp_path: Path) -> None:
+    folder = saved_model(tmp_path, "llama", ARCHITECTURES["llama"])
+    teacher, algorithm = make_teacher(folder), GKD(divergence=TopK(k=5))
+    student = Student(folder, teacher_head=None, **SETTINGS)
+    likeliest = int(own_logprobs(folder, (1, 2, 3), (7,)).argmax())
+    written = replace(ROLLOUTS[0], tokens=(likeliest,))
+    scores = teacher.score([written], algorithm.needs, algorithm.top_k)
+    row = Row(rollout=replace(written, tokens=((likeliest + 1) % VOCAB,)), scores=scores)
+    fields: dict[str, Any] = {"fetch": lambda block: block, "vocab_size": VOCAB, "pad_id": 0, "lay": student.lay}
+    micro = collate([row], algorithm, Totals.of([row]), teacher_head=None, **fields)
+    with pytest.raises(ValueError, match="the tokens are not those scored"):
+        student(micro, algorithm)

@@ -179,6 +179,11 @@ class Algorithm(BaseModel, ABC):
         return self.mixture(Progress(step=0, steps=1)).writers
 
     @property
+    def top_k(self) -> int | None:
+        """k, where ``per_token`` sees the teacher's k most probable tokens and all others as one: no more has to be sent."""
+        return None
+
+    @property
     def needs_reward(self) -> bool:
         """Whether the responses must be rated by the experiment's reward."""
         return False

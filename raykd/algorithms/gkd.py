@@ -163,6 +163,10 @@ class TokenDistillation(Algorithm):
     def needs(self) -> Needs:
         return Needs.DISTRIBUTION
 
+    @property
+    def top_k(self) -> int | None:
+        return self.divergence.k if isinstance(self.divergence, TopK) and self.temperature == 1 else None
+
     def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
         assert teacher is not None, "the teacher's distribution was declared as needed"
         divergence = self.divergence(softened(student, self.temperature), softened(teacher, self.temperature))
@@ -317,6 +321,10 @@ class NamedGKD(Algorithm):
     @property
     def needs(self) -> Needs:
         return self.distillation.needs
+
+    @property
+    def top_k(self) -> int | None:
+        return self.distillation.top_k
 
     def mixture(self, progress: Progress) -> Mixture:
         return self.distillation.mixture(progress)
