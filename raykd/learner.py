@@ -129,13 +129,16 @@ class Learner:
         return metrics.values()
 
     def publish(self, version: int, put: Callable[[Bucket], Any]) -> WeightUpdate | None:
-        """Hand the weights on in buckets, under their Hugging Face names, tied ones once; all ranks gather, rank 0 puts."""
+        """Hand the weights on in buckets, under their Hugging Face names, tied ones once; all ranks gather, rank 0 puts.
+
+        ``put`` keeps a copy: the bucket shows the learner's own memory.
+        """
         references, num_bytes = [], 0
         for named_tensors in self._gathered():
             if self.rank == 0:
-                for bucket in pack(named_tensors, BUCKET_BYTES):
+                for bucket in pack(named_tensors):
                     references.append(put(bucket))
-                    num_bytes += bucket.data.nbytes
+                    num_bytes += bucket.bytes
         return WeightUpdate(version=version, buckets=tuple(references), bytes=num_bytes) if self.rank == 0 else None
 
     def save(self, folder: Path | str) -> None:

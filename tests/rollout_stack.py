@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from raykd.rollout.config import EngineSettings
 from raykd.rollout.vllm_engine import VllmEngine
@@ -31,25 +31,24 @@ def wait(work: Coroutine[Any, Any, Any]) -> Any:
 
 @cache
 def folder(name: str) -> str:
-    """A small random Llama on disk; its weights are large, so that its distributions are far from flat."""
-    torch.manual_seed({"teacher": 1, "tiny-p": 2, "tiny-q": 3}[name])
-    stories = name == "teacher"
-    config = LlamaConfig(
-        vocab_size=512 if stories else TINY_ROWS,
-        hidden_size=64 if stories else 32,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=512,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=STORIES_EOS if stories else TINY_EOS,
-    )
+    """A small random model on disk; its weights are large, so that its distributions are far from flat."""
+    torch.manual_seed({"teacher": 1, "tiny-p": 2, "tiny-q": 3, "gpt2": 4, "qwen2": 5}[name])
     path = Path(_scratch().name) / name
-    LlamaForCausalLM(config).save_pretrained(path)
+    AutoModelForCausalLM.from_config(_config(name)).save_pretrained(path)
     return str(path)
+
+
+def _config(name: str) -> PretrainedConfig:
+    ends = {"bos_token_id": 1, "eos_token_id": TINY_EOS if "tiny" in name else STORIES_EOS, "initializer_range": 0.15}
+    if name == "gpt2":  # biases, transposed matrices, and a head that is the embedding itself
+        return GPT2Config(vocab_size=512, n_embd=64, n_layer=2, n_head=2, n_positions=512, **ends)
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512}
+    if name == "qwen2":  # biases of the stacked projection, a tied head
+        sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96}
+        return Qwen2Config(**sizes, **layers, tie_word_embeddings=True, **ends)
+    vocab_size, hidden_size = (512, 64) if name == "teacher" else (TINY_ROWS, 32)
+    sizes = {"vocab_size": vocab_size, "hidden_size": hidden_size, "intermediate_size": 128}
+    return LlamaConfig(**sizes, **layers, tie_word_embeddings=False, **ends)
 
 
 @cache
@@ -105,7 +104,7 @@ def perturbed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 def publish(model: PreTrainedModel, version: int) -> WeightUpdate:
     """What a learner sends: each parameter once, so no head where it is tied to the embedding."""
     buckets = tuple(pack(model.named_parameters(), bucket_bytes=100_000))
-    return WeightUpdate(version=version, buckets=buckets, bytes=sum(bucket.data.nbytes for bucket in buckets))
+    return WeightUpdate(version=version, buckets=buckets, bytes=sum(bucket.bytes for bucket in buckets))
 
 
 @cache

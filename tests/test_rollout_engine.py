@@ -1,4 +1,5 @@
 import asyncio
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ from rollout_stack import (
 from raykd.records import Source
 from raykd.rollout.requests import GenerationRequest, derive_seed
 from raykd.rollout.vllm_engine import VllmEngine
-from raykd.weights import WeightUpdate
+from raykd.weights import WeightUpdate, checksum
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("data")]
 
@@ -138,6 +139,10 @@ def test_loaded_weights_take_effect_exactly_and_at_once(model):
             expected = chosen_logprobs(changed, [*rollout.prompt_tokens, *rollout.tokens], len(rollout.prompt_tokens))
             torch.testing.assert_close(torch.tensor(rollout.student_logprobs), expected, atol=1e-4, rtol=0)
             assert rollout.version == 7
+        assert wait(student.load(publish(perturbed(changed, seed=4), version=8), fetch=lambda bucket: bucket)) == 8
+        assert [greedy(student.engine, prompt, 40) for prompt in PROMPTS] != expected_tokens
+        assert wait(student.load(publish(changed, version=9), fetch=lambda bucket: bucket)) == 9, "in place, as the one before"
+        assert [greedy(student.engine, prompt, 40) for prompt in PROMPTS] == expected_tokens
         layers = range(reference(model).config.num_hidden_layers)
         norms = {f"model.layers.{i}.{name}_layernorm.weight" for i in layers for name in ("input", "post_attention")}
         assert {"model.embed_tokens.weight", "model.norm.weight", *norms} <= set(same_bytes(student.engine, changed))
@@ -146,11 +151,30 @@ def test_loaded_weights_take_effect_exactly_and_at_once(model):
     assert [greedy(student.engine, prompt, 40) for prompt in PROMPTS] == before
 
 
+@pytest.mark.parametrize("model", [STORIES, "teacher", "tiny-q", "gpt2", "qwen2"])
+def test_after_the_first_update_weights_are_copied_in_place_and_nothing_is_missed(model):
+    model = model if model == STORIES else folder(model)
+    engine, changed = worker(model).engine, perturbed(reference(model), seed=11)
+    for version, published in enumerate((changed, reference(model)), start=1):
+        wait(engine.load(publish(published, version), fetch=lambda bucket: bucket))
+
+    def in_place(vllm) -> list[str]:
+        plan = vllm.model_executor.driver_worker.worker.weight_transfer_engine.plan
+        return sorted(plan._writes)
+
+    assert wait(engine.inspect(in_place)) == sorted(name for name, _ in changed.named_parameters())
+    for model_now in (changed, reference(model)):
+        wait(engine.load(publish(model_now, version=3), fetch=lambda bucket: bucket))
+        for completion in wait(_many(engine, 8)):
+            expected = chosen_logprobs(model_now, [1, *completion.tokens], 1)
+            torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
+
+
 def test_a_damaged_bucket_is_refused_before_any_weight_changes():
     student, update = worker(STORIES), publish(perturbed(reference(STORIES), seed=6), version=9)
     before = greedy(student.engine, PROMPTS[0], 30)
-    damaged = replace(update.buckets[-1], data=update.buckets[-1].data.copy())
-    damaged.data[3] ^= 1
+    damaged = deepcopy(update.buckets[-1])
+    damaged.tensors[0].data[3] ^= 1
     with pytest.raises(ValueError, match="damaged"):
         wait(student.load(replace(update, buckets=(*update.buckets[:-1], damaged)), fetch=lambda bucket: bucket))
     assert greedy(student.engine, PROMPTS[0], 30) == before
@@ -227,6 +251,24 @@ def test_an_incomplete_update_stops_the_engine_and_every_caller_learns_why():
     with pytest.raises(RuntimeError, match="start a new one"):
         wait(engine.complete([1, 2], 8, seed=0))
     engine.close()
+
+
+def test_an_incomplete_or_misshapen_update_in_place_stops_the_engine_too():
+    for wrong in ("missing", "misshapen"):
+        engine, update = new_engine(folder("tiny-q")), publish(reference(folder("tiny-q")), version=1)
+        wait(engine.load(update, fetch=lambda bucket: bucket))
+        last = update.buckets[-1].tensors[-1]
+        if wrong == "missing":
+            buckets = (*update.buckets[:-1], replace(update.buckets[-1], tensors=update.buckets[-1].tensors[:-1]))
+        else:
+            shorter = replace(last, shape=(last.shape[0] // 2, *last.shape[1:]), data=last.data[: last.data.size // 2])
+            buckets = (*update.buckets[:-1], replace(update.buckets[-1], tensors=(*update.buckets[-1].tensors[:-1], shorter)))
+        buckets = tuple(replace(bucket, checksum=checksum(bucket.tensors)) for bucket in buckets)
+        with pytest.raises(ValueError, match="misses values of 1" if wrong == "missing" else "unlike in the first update"):
+            wait(engine.load(replace(update, buckets=buckets), fetch=lambda bucket: bucket))
+        with pytest.raises(RuntimeError, match="has stopped"):
+            wait(engine.complete([1, 2], 8, seed=0))
+        engine.close()
 
 
 def test_a_late_answer_is_an_error_and_frees_its_place():

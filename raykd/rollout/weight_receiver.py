@@ -4,10 +4,13 @@
     update_weights(bucket)   as soon as a layer has all its values: load, repack for the kernels, copy in place
     finish_weight_update     refused unless every layer was filled
 
+On CPU that is the first update only: it is watched, and later ones make its copies alone, in place (load_plan.py).
+
 Imported by every vLLM worker (``WorkerExtension`` is its worker extension), in the engine's process or in a tree of processes.
 """
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +23,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from raykd.rollout.load_plan import LoadPlan, Recorder
 from raykd.weights import Bucket, unpack
 
 if current_platform.is_cpu():
@@ -51,6 +55,9 @@ class BucketReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
+    plan: LoadPlan | None = None
+    """How to update in place, once it is known."""
+    _recorder: Recorder | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Cut the padding off the vocabulary."""
@@ -59,27 +66,41 @@ class BucketReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         """Make every layer wait for its values."""
-        initialize_layerwise_reload(self.model)
+        self._loaded: set[str] = set()
+        if self.plan is None:
+            initialize_layerwise_reload(self.model)
+            self._recorder = Recorder(self.model) if current_platform.is_cpu() else None
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load one bucket; the model's own loader knows which names are stacked, split or tied."""
+        tensors = [(name, tensor.to(self.device)) for name, tensor in unpack(update_info.bucket)]
+        self._loaded.update(name for name, _ in tensors)
         load_weights: Any = self.model.load_weights
-        load_weights((name, tensor.to(self.device)) for name, tensor in unpack(update_info.bucket))
+        if self.plan is not None:
+            for name, tensor in tensors:
+                self.plan.load(name, tensor)
+        elif self._recorder is not None:
+            with self._recorder:
+                load_weights(self._recorder.watched(tensors))
+        else:
+            load_weights(tensors)
 
     def finish_weight_update(self) -> None:
         """Put every layer back to work, once all have their values."""
+        if self.plan is not None:
+            _refuse_missing(self.plan.missing(self._loaded))
+            return
         unfilled = unfilled_layers(self.model)
-        missing = [name for name, is_tied in unfilled.items() if not is_tied]
-        if missing:
-            raise ValueError(
-                f"weight update misses values of {len(missing)} layers ({', '.join(missing[:3])}): "
-                "publish every parameter under its Hugging Face name"
-            )
+        _refuse_missing([name for name, is_tied in unfilled.items() if not is_tied])
         finalize_layerwise_reload(self.model, self.model_config)
         for name in unfilled:  # on CPU a tied head multiplies by a repacked copy of the embedding, which is stale now
             head = self.model.get_submodule(name)
             if isinstance(head, ParallelLMHead):
                 head.quant_method.process_weights_after_loading(head)
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            with suppress(NotImplementedError):  # this model is always reloaded
+                self.plan = LoadPlan(self.model, recorder, self.model_config.head_dtype)
 
     def shutdown(self) -> None:
         """Nothing to release: buckets are owned by whoever fetched them."""
@@ -87,6 +108,14 @@ class BucketReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
 class WorkerExtension:
     """Named in the engine's arguments so that every worker process imports this module."""
+
+
+def _refuse_missing(names: list[str]) -> None:
+    if names:
+        raise ValueError(
+            f"weight update misses values of {len(names)} layers or tensors ({', '.join(names[:3])}): "
+            "publish every parameter under its Hugging Face name"
+        )
 
 
 def unfilled_layers(model: nn.Module) -> dict[str, bool]:
