@@ -67,6 +67,7 @@ class Learner:
             vocab_size=vocab_size,
             chunk=config.chunk,
             teacher_head=None if teacher_head is None else _on(teacher_head, self.device),
+            sharded=zero_stage(config) == 3,
             activation_checkpointing=config.activation_checkpointing,
         )
         self._optimiser, self._skipped_in_a_row = Optimiser(), 0
@@ -77,7 +78,7 @@ class Learner:
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._gather = deepspeed.zero.GatheredParameters
         fused = self.device.type == "cuda" and not config.offload_optimiser
-        adam = SteadyAdamW(self._student.parameters(), self._absurd, fused=fused)
+        adam = SteadyAdamW((p for p in self._student.parameters() if p.requires_grad), self._absurd, fused=fused)
         with redirect_stdout(None):  # its bfloat16 optimiser prints the memory use
             engine, *_ = deepspeed.initialize(model=self._student, optimizer=adam, config=deepspeed_config(config))
         self._engine: Any = engine  # DeepSpeed has no usable annotations
@@ -149,7 +150,11 @@ class Learner:
         tag = f"checkpoint-{int(before.rpartition('-')[2]) + 1 if before else 0}"
         dist.barrier()
         self._engine.save_checkpoint(
-            str(folder), tag=tag, client_state={"optimiser": self._optimiser.model_dump()}, save_latest=False
+            str(folder),
+            tag=tag,
+            client_state={"optimiser": self._optimiser.model_dump()},
+            save_latest=False,
+            exclude_frozen_parameters=True,  # the teacher's head
         )
         dist.barrier()
         if self.rank == 0:
@@ -171,7 +176,7 @@ class Learner:
             raise ValueError(
                 f"{folder / tag} was written with {written}, this learner has {self._layout()}; use the same settings"
             )
-        _, state = self._engine.load_checkpoint(str(folder), tag=tag)
+        _, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         self._bound(Optimiser(**state["optimiser"]))
 
     def save_student(self, folder: Path | str) -> None:

@@ -102,7 +102,7 @@ class ReplayBuffer:
             if quotas.get(author, 0) > 0:
                 quotas[author] -= 1
                 first.append(i)
-        return [*first, *(i for i in order if i not in first)]
+        return list(dict.fromkeys([*first, *order]))
 
     def _quotas(self, count: int) -> dict[Source, int]:
         """Whole rows of each writer, ``count`` in all; what rounding leaves is owed to it, or by it, in later batches."""

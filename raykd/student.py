@@ -8,6 +8,7 @@ Everything differentiable happens inside this forward, so that ZeRO-3 gathers th
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,17 +32,28 @@ class StudentHead(nn.Module):
     """The output head and the loss on top of it.
 
     It owns the weight of the language-model head a second time: ZeRO-3 then gathers it once for all chunks, and ranks with
-    different numbers of chunks still make the same collective calls.
+    different numbers of chunks still make the same collective calls. So it does with the frozen teacher's, where that is
+    ``sharded``: each rank then holds its part of it between the steps.
     """
 
-    def __init__(self, output: nn.Linear, scale: float, softcap: float | None) -> None:
+    def __init__(self, output: nn.Linear, scale: float, softcap: float | None, teacher: Head | None, *, sharded: bool) -> None:
         super().__init__()
         self.weight, self.bias = output.weight, output.bias
         self.scale, self.softcap = scale, softcap
+        self._teacher, self.teacher_weight = teacher, None
+        if teacher is not None and sharded:
+            self.teacher_weight = nn.Parameter(teacher.weight.clone(), requires_grad=False)
+            self._teacher = replace(teacher, weight=torch.empty(0))
 
     def head(self) -> Head:
         """As the teacher's is; valid while the weight is gathered."""
         return Head(weight=self.weight, bias=self.bias, scale=self.scale, softcap=self.softcap)
+
+    def teacher_head(self) -> Head | None:
+        """Valid likewise."""
+        if self._teacher is None or self.teacher_weight is None:
+            return self._teacher
+        return replace(self._teacher, weight=self.teacher_weight)
 
     def forward(
         self,
@@ -51,7 +63,6 @@ class StudentHead(nn.Module):
         micro: MicroBatch,
         algorithm: Algorithm,
         given: dict[str, Tensor],
-        teacher_head: Head | None,
         vocab_size: int,
         chunk: int | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -66,7 +77,7 @@ class StudentHead(nn.Module):
             vocab_size=vocab_size,
             given=given,
             teacher_states=micro.teacher,
-            teacher_head=teacher_head if micro.needs_head else None,
+            teacher_head=self.teacher_head() if micro.needs_head else None,
             probe=Probe(micro.log_normaliser, micro.logprobs),
             chunk=chunk,
         )
@@ -88,7 +99,9 @@ class Student(nn.Module):
         chunk: int | None,
         teacher_head: Head | None,
         activation_checkpointing: bool,
+        sharded: bool = False,
     ) -> None:
+        """``sharded``: ZeRO-3 will spread the parameters over the ranks, the teacher's head among them."""
         super().__init__()
         config = AutoConfig.from_pretrained(folder)
         if config.is_encoder_decoder:
@@ -97,8 +110,11 @@ class Student(nn.Module):
         for name in self._rates:
             setattr(config, name, 0.0)
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
-        self.output = StudentHead(_linear_head(self.model, folder, vocab_size), *logit_scale_and_softcap(config))
-        self._teacher_head, self._vocab_size, self._chunk = teacher_head, vocab_size, chunk
+        # DeepSpeed casts every parameter to the student's dtype: a teacher of another one is kept whole.
+        sharded = sharded and teacher_head is not None and teacher_head.weight.dtype == dtype
+        output = _linear_head(self.model, folder, vocab_size)
+        self.output = StudentHead(output, *logit_scale_and_softcap(config), teacher_head, sharded=sharded)
+        self._vocab_size, self._chunk = vocab_size, chunk
         self._verify_head(folder)
         self.lay = packed if can_pack(self.model) else padded
         if activation_checkpointing:
@@ -116,7 +132,6 @@ class Student(nn.Module):
             micro=micro,
             algorithm=algorithm,
             given={name: values_BT[tokens_N] for name, values_BT in (per_sequence | recorded_logprobs(micro.batch)).items()},
-            teacher_head=self._teacher_head,
             vocab_size=self._vocab_size,
             chunk=self._chunk,
         )

@@ -204,6 +204,7 @@ def train_case(rank: int, ranks: int, stage: ZeroStage, tied: bool, port: int, f
             terms = terms_of(algorithm, rows, step, rank, ranks)
             found["metrics"].append({**learner.step(terms, learning_rate), "evaluated": learner.evaluate(terms)["loss"]})
     out = folder / f"{ranks}-{stage}-{tied}"
+    found["teacher"] = held_of_teacher(learner)
     found["published"] = published(learner)
     learner.save_student(out / "student")
     found["absurd"] = absurd_case(learner, rows, rank, ranks)
@@ -231,6 +232,12 @@ def train_case(rank: int, ranks: int, stage: ZeroStage, tied: bool, port: int, f
 def published(learner: Any) -> dict[str, Tensor]:
     update = learner.publish(version=1, put=deepcopy)
     return {} if update is None else {name: tensor for bucket in update.buckets for name, tensor in unpack(bucket)}
+
+
+def held_of_teacher(learner: Any) -> tuple[int, int]:
+    """Numbers of the teacher's head that this rank holds between the steps, and those of the whole."""
+    weight = learner._student.output.teacher_weight
+    return (weight.ds_tensor.numel(), weight.ds_numel) if hasattr(weight, "ds_tensor") else (-1, -1)
 
 
 def nan_case(learner: Any, rows: dict[str, list[Row]], rank: int, ranks: int) -> tuple[float | None, Any, Any]:
@@ -387,6 +394,15 @@ def test_published_and_saved_weights_are_those_of_a_plain_loop(
     plain.load_state_dict(expected)
     assert torch.allclose(saved.eval()(ids).logits, plain.eval()(ids).logits, atol=1e-4)
     assert saved.config.attention_dropout == 0.3
+
+
+@pytest.mark.stack
+def test_each_rank_holds_its_part_of_the_teachers_head(runs: dict[int, Any]) -> None:
+    """Under ZeRO-3; the losses are those of the whole head, above."""
+    for rank in runs.values():
+        held, whole = rank[3, False]["teacher"]
+        assert whole <= held * len(runs) < whole + len(runs)
+        assert rank[2, False]["teacher"] == (-1, -1)
 
 
 @each_case
