@@ -1,5 +1,6 @@
 """Many runs by the same workers, one after the other: engines take longer to start than a small student takes to learn."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from raykd.phases import Position
 from raykd.prompts import eos_id
 from raykd.run import check_models, connect, new_folder, prepare
 from raykd.tracking import Tracker
-from raykd.train import measure, train
+from raykd.train import measure, restore_checkpoint, train
 from raykd.workers import Workers
 
 
@@ -42,16 +43,21 @@ class Session:
         )
         self._workers = Workers(every, facts)
 
-    def run(self, experiment: Experiment, console: Console) -> None:
-        """Train, and leave a run directory like any other."""
+    def run(self, experiment: Experiment, folder: Path, console: Console) -> None:
+        """Train in a run directory like any other, from its newest checkpoint where it has one."""
         self._data.prompts.restore(self._streams[0])
         if self._data.text is not None:
             self._data.text.restore(self._streams[1])
-        self._workers.restore(self._checkpoint, version=0)
-        folder, at = new_folder(experiment), Position()
+        resumes = any(folder.glob("checkpoints/step-*/driver.json"))
+        if not resumes:
+            shutil.rmtree(folder, ignore_errors=True)
+            new_folder(experiment)
+            self._workers.restore(self._checkpoint, version=0)
+        at = restore_checkpoint(self._workers, self._data, folder) if resumes else Position()
         config = experiment.model_dump(mode="json")
         with Tracker(folder, config, name=folder.name, wandb=False, project="", console=console) as tracker:
-            measure(experiment, self._workers, self._data, tracker, at)
+            if not resumes:
+                measure(experiment, self._workers, self._data, tracker, at)
             train(experiment, self._workers, self._data, tracker, folder, at)
             self._workers.save_student(folder / "student")
         self._tokenizer.save_pretrained(folder / "student")

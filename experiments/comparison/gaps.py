@@ -14,11 +14,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from compare_measures import setting, the_tokenizer
 from stories import STEPS, TEACHER
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from comparison.measures import setting, the_tokenizer
 from raykd.divergences import forward_kl, reverse_kl
 from raykd.prompts import PromptStream
 from raykd.records import Prompt

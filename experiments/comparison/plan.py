@@ -1,0 +1,112 @@
+"""What is compared: the variants, and the runs in the order of what is worth most."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from stories import STEPS, stories
+
+from comparison.gaps import GAPS
+from raykd.algorithms import GKD, SFT, AdaptiveSchedule, AnyAlgorithm, DistiLLM
+from raykd.algorithms.gkd import ForwardKL, Jeffreys, ReverseKL, SkewForwardKL, SkewReverseKL
+from raykd.experiment import EvaluationConfig, Experiment, Model, Optimiser, Stage, TrackingConfig
+from raykd.report.folders import EVALUATION
+
+START, HEADS = "start", "head_and_tail"
+SEEDS = (0, 1, 2)
+LAST_WRITTEN = Path("student", "tokenizer_config.json")
+MEASURE_EVERY = 16
+LONG = 240
+"""Steps of the methods without generation where they get as much time as those with it."""
+
+METHODS: dict[str, AnyAlgorithm] = {
+    path.stem.removeprefix("stories_"): import_module(path.stem).EXPERIMENT.stages[-1].algorithm
+    for path in sorted(Path(__file__).parents[1].glob("stories_*.py"))
+}
+"""With the settings of their files."""
+
+MINILLM = METHODS["minillm"]
+ABLATIONS: dict[str, AnyAlgorithm] = {
+    "minillm_no_length_norm": MINILLM.model_copy(update={"length_normalise": False}),
+    "minillm_no_mixing": MINILLM.model_copy(update={"teacher_share": 0.0}),
+    "minillm_no_single_step": MINILLM.model_copy(update={"single_step": False, "include_current_reward": True}),
+    "gkd_half": GKD(student_share=0.5),
+    "gkd_data": GKD(student_share=0.0),
+    "forward_kl_student": GKD(divergence=ForwardKL()),
+    "reverse_kl_data": GKD(divergence=ReverseKL(), student_share=0.0),
+    "jeffreys_data": GKD(divergence=Jeffreys(), student_share=0.0),
+    "skew_forward_data": GKD(divergence=SkewForwardKL(), student_share=0.0),
+    "skew_reverse_data": GKD(divergence=SkewReverseKL(), student_share=0.0),
+    "skew_reverse_student": GKD(divergence=SkewReverseKL()),
+    "skew_reverse_replay": DistiLLM(schedule=AdaptiveSchedule(start=1.0, step=0.0)),
+}
+"""What docs/comparison.md sets beside the methods, one field apart from one of them."""
+
+LONG_RUNS = {f"{name}_long": METHODS[name] for name in ("sft", "kd", "akl", "distillm")}
+VARIANTS: dict[str, AnyAlgorithm] = {START: SFT(), **METHODS, **ABLATIONS, **LONG_RUNS}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One run of the comparison."""
+
+    size: str
+    variant: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.variant}-{self.size}-{self.seed}"
+
+    @property
+    def start(self) -> "Entry":
+        """The fine-tuning whose student this run begins with."""
+        return Entry(self.size, START, self.seed)
+
+    @property
+    def folder(self) -> Path:
+        return stories(SFT()).runs / "compare" / self.name
+
+    @property
+    def checkpoint(self) -> Path:
+        """Of the learner at its end."""
+        return max(self.folder.glob("checkpoints/step-*")) / "learner"
+
+    @property
+    def trained(self) -> bool:
+        return self.variant == HEADS or (self.folder / LAST_WRITTEN).is_file()  # which has nothing to train
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / (GAPS if self.variant == HEADS else EVALUATION)).is_file()
+
+
+def plan() -> list[list[Entry]]:
+    """Every run. The entries of a group share a student to begin with; what is worth most comes first, the small student with all
+    its ablations before the larger one."""
+
+    def group(size: str, seed: int, *variants: str) -> list[Entry]:
+        return [Entry(size, variant, seed) for variant in variants]
+
+    small = [group("fifth", seed, *METHODS) for seed in SEEDS]
+    large = [group("half", seed, *METHODS) for seed in SEEDS]
+    others = [group("fifth", seed, *ABLATIONS, *LONG_RUNS, HEADS) for seed in SEEDS]
+    starts = {size: [group(size, seed, START) for seed in SEEDS] for size in ("fifth", "half")}
+    return [*starts["fifth"], *small[:2], others[0], small[2], *starts["half"], large[0], others[1], *large[1:], others[2]]
+
+
+def experiment(entry: Entry) -> Experiment:
+    """The run of an entry."""
+    base = stories(VARIANTS[entry.variant], MEASURE_EVERY, entry.size)
+    fine_tuning, method = base.stages
+    changes = {"name": entry.name, "seed": entry.seed, "runs": entry.folder.parent, "tracking": TrackingConfig(wandb=False)}
+    if entry.variant == START:
+        return base.model_copy(update=changes | {"stages": (fine_tuning,), "evaluation": EvaluationConfig(prompts=128)})
+    stage = Stage(
+        algorithm=method.algorithm,
+        steps=LONG if entry.variant in LONG_RUNS else STEPS,
+        batch_size=method.batch_size,
+        optimiser=Optimiser(learning_rate=1e-3, warmup_steps=8),
+    )
+    student = Model(path=str(entry.start.folder / "student"))
+    return base.model_copy(update=changes | {"stages": (stage,), "student": student, "checkpoint_every": MEASURE_EVERY})

@@ -1,0 +1,122 @@
+"""Outcomes -> the tables of docs/comparison.md."""
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean, pstdev
+from typing import Any
+
+from comparison.findings import CLAIMS, PUBLISHED, Claim, threshold, verdict
+from comparison.plan import METHODS, START
+from comparison.results import Outcome, Spread, noise, over_seeds
+
+COLUMNS: Mapping[str, tuple[str, int]] = {
+    "test_loss": ("cross-entropy", 3),
+    "forward_kl": ("forward KL", 3),
+    "reverse_kl": ("reverse KL", 3),
+    "rouge_l": ("Rouge-L to the story", 2),
+    "rouge_l_to_teacher": ("Rouge-L to the teacher", 2),
+    "excess_error": ("ExAccErr, %", 1),
+    "distinct_4": ("distinct-4, %", 1),
+    "self_bleu": ("self-BLEU", 2),
+}
+"""A measure's title and digits."""
+DIGITS = {name: digits for name, (_, digits) in COLUMNS.items()} | {"gradient_spread": 3}
+LEVELS = {"fifth": 1.55, "half": 1.15}
+"""The reverse KL that is to be reached, by size."""
+Table = list[list[str]]
+Groups = Mapping[str, Sequence[Outcome]]
+"""By variant, one outcome for each seed."""
+
+
+def measures_table(groups: Groups) -> Table:
+    """Every method after equal steps; mean and standard deviation over seeds."""
+    rows = [
+        [name if name != START else "(fine-tuned student)", str(len(groups[name]))]
+        + [measured(groups[name], measure).text(digits) for measure, (_, digits) in COLUMNS.items()]
+        for name in (START, *METHODS)
+        if name in groups
+    ]
+    spreads = {m: noise([measured(group, m) for group in groups.values()]) for m in COLUMNS}
+    rows.append(["noise", ""] + [f"{spreads[measure]:.{digits}f}" for measure, (_, digits) in COLUMNS.items()])
+    return [["method", "seeds", *(title for title, _ in COLUMNS.values())], *rows]
+
+
+def time_table(groups: Groups, size: str) -> Table:
+    """What the steps cost, and what equal time and a given reverse KL cost."""
+    level = LEVELS[size]
+    short, long = (over_seeds(groups.get(name, ()), lambda outcome: outcome.seconds).mean for name in ("kd", "gkd"))
+    head = ["method", "seconds", "relative to KD", "published", f"reverse KL {level} after seconds", "after tokens, thousands"]
+    head += [f"{name} after {seconds:.0f} s" for seconds in (short, long) for name in ("forward KL", "reverse KL")]
+    rows = []
+    for name in METHODS:
+        group = groups.get(name, ())
+        if not group:
+            continue
+        reached = [outcome.reaches("reverse_kl", level) for outcome in group]
+        longest = groups.get(f"{name}_long", ())
+        row = [
+            name,
+            over_seeds(group, lambda outcome: outcome.seconds).text(1),
+            over_seeds(group, lambda outcome: relative(outcome, groups["kd"])).text(2),
+            PUBLISHED.get(name, ""),
+        ]
+        for index, scale, digits in ((0, 1, 0), (1, 1e3, 0)):
+            found = [pair[index] / scale for pair in reached if pair]
+            row.append(
+                Spread(found).text(digits) + (f" ({len(found)} of {len(reached)})" if 0 < len(found) < len(reached) else "")
+            )
+        for seconds, runs in ((short, group), (long, longest or group)):
+            for held_out in ("forward_kl", "reverse_kl"):
+                row.append(over_seeds(runs, lambda o, s=seconds, h=held_out: o.at_seconds(s, h)).text(3))
+        rows.append(row)
+    return [head, *rows]
+
+
+def relative(outcome: Outcome, references: Sequence[Outcome]) -> float | None:
+    """Training time beside the reference run of the same seed; None where there is none."""
+    same_seed = [reference for reference in references if reference.entry.seed == outcome.entry.seed]
+    return outcome.seconds / same_seed[0].seconds if same_seed else None
+
+
+def claims_table(groups: Groups) -> Table:
+    """Every claim with its numbers and what follows."""
+    return [
+        ["paper", "claim", "better", "worse", "difference", "counts from", "here"],
+        *(_claim_row(claim, groups) for claim in CLAIMS),
+    ]
+
+
+def _claim_row(claim: Claim, groups: Groups) -> list[str]:
+    better, worse = (measured(groups.get(name, ()), claim.measure) for name in (claim.better, claim.worse))
+    digits = DIGITS[claim.measure]
+    title = COLUMNS.get(claim.measure, (claim.measure.replace("_", " "), 0))[0]
+    said = f"{title}: {claim.better} {'above' if claim.higher else 'below'} {claim.worse}"
+    spread = noise([measured(group, claim.measure) for group in groups.values()])
+    found = [_with_count(better, digits), _with_count(worse, digits)]
+    if better.values and worse.values:
+        found += [f"{better.mean - worse.mean:+.{digits}f}", f"{threshold(better, worse, spread):.{digits}f}"]
+    else:
+        found += ["", ""]
+    return [claim.paper, said, *found, verdict(claim, better, worse, spread).value]
+
+
+def _with_count(spread: Spread, digits: int) -> str:
+    return f"{spread.text(digits)} (n {len(spread.values)})" if spread.values else "-"
+
+
+def measured(group: Sequence[Outcome], measure: str) -> Spread:
+    """A measure of the final student, or how unsteady the gradient's norm was: its standard deviation over its mean."""
+    if measure == "gradient_spread":
+        return over_seeds(group, lambda outcome: pstdev(outcome.gradient_norms) / fmean(outcome.gradient_norms))
+    return over_seeds(group, lambda outcome: outcome.measures[measure])
+
+
+def gaps_table(watched: Sequence[Mapping[str, Any]]) -> Table:
+    """Head and tail gap after some steps, as parts of what they were at the beginning; mean over seeds."""
+    rows: Table = [["from", "divergence", "gap", *(f"step {point['step']}" for point in watched[0]["random"]["forward_kl"])]]
+    for start, divergences in watched[0].items():
+        for divergence in divergences:
+            for part in ("head", "tail"):
+                curves = [[point[part] for point in seed[start][divergence]] for seed in watched]
+                means = [fmean(values) for values in zip(*curves, strict=True)]
+                rows.append([start, divergence, part, f"{means[0]:.3f}", *(f"{value / means[0]:.3f}" for value in means[1:])])
+    return rows
