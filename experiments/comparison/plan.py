@@ -25,6 +25,8 @@ METHODS: dict[str, AnyAlgorithm] = {
 }
 """With the settings of their files."""
 
+TEACHER_WRITES = ("seq_kd", "distillm2")
+"""Methods that take longest."""
 MINILLM = METHODS["minillm"]
 ABLATIONS: dict[str, AnyAlgorithm] = {
     "minillm_no_length_norm": MINILLM.model_copy(update={"length_normalise": False}),
@@ -82,17 +84,24 @@ class Entry:
 
 
 def plan() -> list[list[Entry]]:
-    """Every run. The entries of a group share a student to begin with; what is worth most comes first, the small student with all
-    its ablations before the larger one."""
+    """Every run. The entries of a group share a student to begin with; what is worth most for its time comes first."""
 
     def group(size: str, seed: int, *variants: str) -> list[Entry]:
         return [Entry(size, variant, seed) for variant in variants]
 
-    small = [group("fifth", seed, *METHODS) for seed in SEEDS]
-    large = [group("half", seed, *METHODS) for seed in SEEDS]
-    others = [group("fifth", seed, *ABLATIONS, *LONG_RUNS, HEADS) for seed in SEEDS]
+    def methods(size: str, seed: int) -> list[Entry]:
+        return group(size, seed, *(name for name in METHODS if name not in TEACHER_WRITES))
+
     starts = {size: [group(size, seed, START) for seed in SEEDS] for size in ("fifth", "half")}
-    return [*starts["fifth"], *small[:2], others[0], small[2], *starts["half"], large[0], others[1], *large[1:], others[2]]
+    ablations = [group("fifth", seed, HEADS, *ABLATIONS) for seed in SEEDS]
+    slow = {size: [group(size, seed, *TEACHER_WRITES) for seed in SEEDS] for size in ("fifth", "half")}
+    long = [group("fifth", seed, *LONG_RUNS) for seed in SEEDS]
+    return [
+        *(starts["fifth"] + [methods("fifth", seed) for seed in SEEDS]),
+        *(ablations[0], starts["half"][0], methods("half", 0), slow["fifth"][0], ablations[1], long[0]),
+        *(slow["fifth"][1:] + starts["half"][1:] + [methods("half", 1), methods("half", 2)]),
+        *(slow["half"] + [ablations[2]] + long[1:]),
+    ]
 
 
 def experiment(entry: Entry) -> Experiment:
