@@ -8,14 +8,13 @@
 One fine-tuning for each size and seed; everything else of that size and seed goes on from its student, with the same prompts,
 rate, batch and steps. The rate is constant after its warm-up, so no step knows how many will follow (but for the schedules of
 DistiLLM and DistiLLM-2, which are parts of a whole): a curve cut anywhere is the shorter run, and shows the student after equal
-time as well. Two lanes, each with all its processes on one core; the workers start once for all methods of a size and seed.
+time as well. Two runs at a time, each in one process on one core (comparison/in_process.py).
 """
 
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from multiprocessing import get_context
 from multiprocessing.queues import Queue
 from typing import Literal
@@ -23,37 +22,47 @@ from typing import Literal
 import tyro
 from comparison.gaps import watch_gaps
 from comparison.measures import measure_student
-from comparison.plan import HEADS, START, Entry, experiment, plan
+from comparison.plan import HEADS, Entry, experiment, plan
 from comparison.report import write
 from rich.console import Console
 
 LANES = 2
 
 
-def train_group(group: Sequence[Entry]) -> list[Entry]:
-    """Train what is missing of a group; returns what was trained."""
-    from comparison.session import Session
+def train_missing(console: Console) -> None:
+    """Train entry after entry in their order, one in each lane, as soon as the student that it begins with is there."""
+    waiting = [entry for entry in plan() if not entry.trained]
+    with lanes() as (pool, num_lanes):
+        running: set[Future[Entry]] = set()
+        while waiting or running:
+            while len(running) < num_lanes and (entry := next((entry for entry in waiting if entry.ready), None)):
+                waiting.remove(entry)
+                running.add(pool.submit(train_entry, entry))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                console.print(f"trained {future.result().name}, {len(waiting)} to begin", highlight=False)
 
-    from raykd.run import run
 
-    missing = [entry for entry in group if not entry.trained]
-    with ExitStack() as stack:
-        session: Session | None = None
-        for entry in missing:
-            entry.folder.parent.mkdir(parents=True, exist_ok=True)
-            console = Console(file=stack.enter_context(entry.folder.with_suffix(".log").open("a", encoding="utf-8")))
-            if entry.variant == START:
-                shutil.rmtree(entry.folder, ignore_errors=True)  # a minute's work, begun anew where it was interrupted
-                run(experiment(entry), console=console)
-            else:
-                every = [experiment(other) for other in missing]
-                session = session or stack.enter_context(Session(every, entry.start.checkpoint))
-                session.run(experiment(entry), entry.folder, console)
-    return missing
+def train_entry(entry: Entry) -> Entry:
+    """Train it, from its newest checkpoint where it was interrupted."""
+    from comparison.in_process import run_in_process
+
+    entry.folder.parent.mkdir(parents=True, exist_ok=True)
+    with entry.folder.with_suffix(".log").open("a", encoding="utf-8") as log:
+        run_in_process(experiment(entry), Console(file=log))
+    return entry
+
+
+def measure_missing(console: Console) -> None:
+    """Measure whatever is trained."""
+    entries = [entry for entry in plan() if entry.ready and entry.trained and not entry.finished]
+    with lanes() as (pool, _):
+        for entry in pool.map(measure_entry, entries):
+            console.print(f"measured {entry.name}", highlight=False)
 
 
 def measure_entry(entry: Entry) -> Entry:
-    """Measure a trained student."""
+    """What it became."""
     if entry.variant == HEADS:
         watch_gaps(entry.start.folder / "student_init", entry.start.folder / "student", entry.folder, entry.seed)
     else:
@@ -61,36 +70,9 @@ def measure_entry(entry: Entry) -> Entry:
     return entry
 
 
-def train_missing(console: Console) -> None:
-    """Train group after group in their order, one in each lane, as soon as the student that they begin with is there."""
-    waiting = [group for group in plan() if not all(entry.trained for entry in group)]
-    with lanes() as (pool, num_lanes):
-        running: set[Future[list[Entry]]] = set()
-        while waiting or running:
-            while len(running) < num_lanes and (group := next(filter(ready, waiting), None)):
-                waiting.remove(group)
-                running.add(pool.submit(train_group, group))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            for entry in (entry for future in done for entry in future.result()):
-                console.print(f"trained {entry.name}", highlight=False)
-
-
-def ready(group: Sequence[Entry]) -> bool:
-    """Whether there is a student to begin with."""
-    return group[0].variant == START or group[0].start.trained
-
-
-def measure_missing(console: Console) -> None:
-    """Measure whatever is trained."""
-    entries = [entry for group in plan() if ready(group) for entry in group if entry.trained and not entry.finished]
-    with lanes() as (pool, _):
-        for entry in pool.map(measure_entry, entries):
-            console.print(f"measured {entry.name}", highlight=False)
-
-
 @contextmanager
 def lanes() -> Iterator[tuple[ProcessPoolExecutor, int]]:
-    """A process for each lane, and all that it starts stays on its core: Ray, engines and learner of a run."""
+    """A process for each lane, which keeps to one core."""
     context = get_context("spawn")
     cores = sorted(os.sched_getaffinity(0))[:LANES]
     free: Queue[int] = context.Queue()
@@ -113,7 +95,7 @@ def main(only: Literal["all", "train", "measure", "report"] = "all") -> None:
     if only in ("all", "measure"):
         measure_missing(console)
     if only in ("all", "report"):
-        write([entry for group in plan() for entry in group if entry.finished])
+        write([entry for entry in plan() if entry.finished])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What is compared: the variants, and the runs in the order of what is worth most."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -9,7 +10,7 @@ from stories import STEPS, stories
 from comparison.gaps import GAPS
 from raykd.algorithms import GKD, SFT, AdaptiveSchedule, AnyAlgorithm, DistiLLM
 from raykd.algorithms.gkd import ForwardKL, Jeffreys, ReverseKL, SkewForwardKL, SkewReverseKL
-from raykd.experiment import EvaluationConfig, Experiment, Model, Optimiser, Stage, TrackingConfig
+from raykd.experiment import Experiment, Model, Optimiser, Stage, TrackingConfig
 from raykd.report.folders import EVALUATION
 
 START, HEADS = "start", "head_and_tail"
@@ -25,8 +26,6 @@ METHODS: dict[str, AnyAlgorithm] = {
 }
 """With the settings of their files."""
 
-TEACHER_WRITES = ("seq_kd", "distillm2")
-"""Methods that take longest."""
 MINILLM = METHODS["minillm"]
 ABLATIONS: dict[str, AnyAlgorithm] = {
     "minillm_no_length_norm": MINILLM.model_copy(update={"length_normalise": False}),
@@ -70,37 +69,34 @@ class Entry:
         return stories(SFT()).runs / "compare" / self.name
 
     @property
-    def checkpoint(self) -> Path:
-        """Of the learner at its end."""
-        return max(self.folder.glob("checkpoints/step-*")) / "learner"
-
-    @property
     def trained(self) -> bool:
         return self.variant == HEADS or (self.folder / LAST_WRITTEN).is_file()  # which has nothing to train
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a student to begin with."""
+        return self.variant == START or self.start.trained
 
     @property
     def finished(self) -> bool:
         return (self.folder / (GAPS if self.variant == HEADS else EVALUATION)).is_file()
 
 
-def plan() -> list[list[Entry]]:
-    """Every run. The entries of a group share a student to begin with; what is worth most for its time comes first."""
+def plan() -> list[Entry]:
+    """Every run; what is worth most for its time comes first."""
 
-    def group(size: str, seed: int, *variants: str) -> list[Entry]:
-        return [Entry(size, variant, seed) for variant in variants]
+    def of(size: str, variants: Iterable[str], seeds: Sequence[int] = SEEDS) -> list[Entry]:
+        return [Entry(size, variant, seed) for seed in seeds for variant in variants]
 
-    def methods(size: str, seed: int) -> list[Entry]:
-        return group(size, seed, *(name for name in METHODS if name not in TEACHER_WRITES))
-
-    starts = {size: [group(size, seed, START) for seed in SEEDS] for size in ("fifth", "half")}
-    ablations = [group("fifth", seed, HEADS, *ABLATIONS) for seed in SEEDS]
-    slow = {size: [group(size, seed, *TEACHER_WRITES) for seed in SEEDS] for size in ("fifth", "half")}
-    long = [group("fifth", seed, *LONG_RUNS) for seed in SEEDS]
+    first, others = SEEDS[:1], SEEDS[1:]
     return [
-        *(starts["fifth"] + [methods("fifth", seed) for seed in SEEDS]),
-        *(ablations[0], starts["half"][0], methods("half", 0), slow["fifth"][0], ablations[1], long[0]),
-        *(slow["fifth"][1:] + starts["half"][1:] + [methods("half", 1), methods("half", 2)]),
-        *(slow["half"] + [ablations[2]] + long[1:]),
+        *of("fifth", [START, *METHODS]),
+        *of("fifth", [HEADS, *ABLATIONS], first),
+        *of("half", [START, *METHODS], first),
+        *of("fifth", LONG_RUNS, first),
+        *of("fifth", [HEADS, *ABLATIONS], others),
+        *of("half", [START, *METHODS], others),
+        *of("fifth", LONG_RUNS, others),
     ]
 
 
@@ -110,7 +106,8 @@ def experiment(entry: Entry) -> Experiment:
     fine_tuning, method = base.stages
     changes = {"name": entry.name, "seed": entry.seed, "runs": entry.folder.parent, "tracking": TrackingConfig(wandb=False)}
     if entry.variant == START:
-        return base.model_copy(update=changes | {"stages": (fine_tuning,), "evaluation": EvaluationConfig(prompts=128)})
+        changes |= {"stages": (fine_tuning,), "text": None, "evaluation": base.evaluation.model_copy(update={"every": 0})}
+        return base.model_copy(update=changes)
     stage = Stage(
         algorithm=method.algorithm,
         steps=LONG if entry.variant in LONG_RUNS else STEPS,
@@ -118,4 +115,6 @@ def experiment(entry: Entry) -> Experiment:
         optimiser=Optimiser(learning_rate=1e-3, warmup_steps=8),
     )
     student = Model(path=str(entry.start.folder / "student"))
-    return base.model_copy(update=changes | {"stages": (stage,), "student": student, "checkpoint_every": MEASURE_EVERY})
+    text = base.text if method.algorithm.text else None
+    changes |= {"stages": (stage,), "student": student, "text": text, "checkpoint_every": MEASURE_EVERY}
+    return base.model_copy(update=changes)

@@ -1,0 +1,204 @@
+"""A run in one process and one thread: loop, learner, teacher and replay buffer are the system's own, nothing is an actor, and
+transformers writes. For models so small that engines take longer to start than the student takes to learn.
+"""
+
+import shutil
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from raykd.actors import ModelFacts
+from raykd.algorithms.base import Needs
+from raykd.experiment import Experiment
+from raykd.learner import Learner
+from raykd.logprobs import gather, log_softmax, mixture_logprobs
+from raykd.phases import Position
+from raykd.prompts import eos_id
+from raykd.records import Rollout, Scores, Source
+from raykd.replay import ReplayBuffer
+from raykd.rollout.requests import GenerationRequest, derive_seed
+from raykd.run import check_models, new_folder, prepare, weights
+from raykd.teacher import Teacher
+from raykd.tracking import Tracker
+from raykd.train import restore_checkpoint, train
+from raykd.validation import measure
+from raykd.weights import WeightUpdate, unpack, verify
+from raykd.workers import Workers
+
+
+def run_in_process(experiment: Experiment, console: Console) -> None:
+    """Run an experiment into the run directory of its name, from its newest checkpoint where it has one."""
+    tokenizer = check_models(experiment)
+    data = prepare(experiment, tokenizer)
+    folder = experiment.runs.absolute() / experiment.name
+    resumes = any(folder.glob("checkpoints/step-*/driver.json"))
+    if not resumes:
+        shutil.rmtree(folder, ignore_errors=True)
+        new_folder(experiment)
+    assert experiment.teacher is not None, "nothing is compared without one"
+    facts = ModelFacts(
+        student=weights("student", experiment.student, tokenizer, experiment, folder),
+        teacher=experiment.teacher.path,
+        vocab_size=len(tokenizer),
+        eos_ids=(eos_id(tokenizer),),
+        max_length=experiment.max_length,
+        seed=experiment.seed,
+    )
+    workers = InProcess(experiment, facts)
+    config = experiment.model_dump(mode="json")
+    with Tracker(folder, config, name=folder.name, wandb=False, project="", console=console) as tracker:
+        at = restore_checkpoint(workers, data, folder) if resumes else Position()
+        if not resumes:
+            measure(experiment, workers, data, tracker, at)
+        train(experiment, workers, data, tracker, folder, at)
+        workers.save_student(folder / "student")
+    tokenizer.save_pretrained(folder / "student")
+
+
+class InProcess(Workers):
+    """The verbs of the loop without actors."""
+
+    def __init__(self, experiment: Experiment, facts: ModelFacts) -> None:
+        assert facts.teacher is not None
+        teacher = Teacher(facts.teacher, experiment.teachers, vocab_size=facts.vocab_size)
+        learner = Learner(
+            facts.student,
+            config=experiment.learner,
+            rank=0,
+            address=("127.0.0.1", _free_port()),
+            vocab_size=facts.vocab_size,
+            pad_id=facts.eos_ids[0],
+            teacher_head=teacher.head(),
+        )
+        self.learner: Any = Only(learner)
+        self.teachers: Any = Only(ScoringTeacher(teacher, facts.eos_ids))
+        self.rollouts: Any = Only(Writer(facts))
+        self.replay: Any = ReplayBuffer(experiment.seed)
+        self._update = self._loaded = None
+        self._learner_version = 0
+        self._usage, self._usage_lock = {}, threading.Lock()
+
+    def call_replay(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.replay, method)(*arguments)
+
+
+class Only:
+    """A gang of one rank and a fleet of one replica, called directly."""
+
+    def __init__(self, worker: Any) -> None:
+        self.ranks = self.actors = [worker]
+        self._worker = worker
+
+    def each(self, method: str, *arguments: Sequence[Any]) -> list[Any]:
+        """As ``LearnerGang.each``."""
+        return [getattr(self._worker, method)(*(of_rank[0] for of_rank in arguments))]
+
+    def all(self, method: str, *arguments: Any) -> list[Any]:
+        """As ``LearnerGang.all``; a bucket of weights is its own reference."""
+        return [getattr(self._worker, method)(*arguments, *([lambda bucket: bucket] if method == "publish" else []))]
+
+    def map(self, method: str, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """As ``Fleet.map``."""
+        return [getattr(self._worker, method)(**call) for call in calls]
+
+    def broadcast(self, method: str, call: Mapping[str, Any]) -> list[Any]:
+        """As ``Fleet.broadcast``."""
+        return self.map(method, [call])
+
+
+class ScoringTeacher:
+    """The teacher with its scores by value."""
+
+    def __init__(self, teacher: Teacher, eos_ids: tuple[int, ...]) -> None:
+        self._teacher, self._eos_ids = teacher, eos_ids
+
+    def score(self, rollouts: Sequence[Rollout], needs: Needs) -> tuple[Scores | None, list[tuple[float, ...]]]:
+        """As ``TeacherActor.score``."""
+        scores = self._teacher.score(rollouts, needs)
+        logprobs = [tuple(scores.row(index).logprobs.tolist()) for index in range(len(rollouts))]
+        return (scores if needs is Needs.DISTRIBUTION else None), logprobs
+
+    def answer(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[tuple[int, ...]]:
+        """As ``TeacherActor.answer``."""
+        return self._teacher.answer(prompts, max_tokens, self._eos_ids)
+
+
+class Writer:
+    """Writes all responses token by token, as the student, the teacher, or from the mixture of both distributions itself."""
+
+    def __init__(self, facts: ModelFacts) -> None:
+        assert facts.teacher is not None
+        self._student, self._teacher = (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (facts.student, facts.teacher)
+        )
+        self._facts, self._version = facts, 0
+
+    def load(self, update: WeightUpdate) -> int:
+        """Take over published weights."""
+        for bucket in update.buckets:
+            verify(bucket)
+            self._student.load_state_dict(dict(unpack(bucket)), strict=False)
+        self._version = update.version
+        return update.version
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[GenerationRequest], teacher_share: float, max_tokens: int, teachers: object = None
+    ) -> list[Rollout]:
+        """As ``RolloutActor.generate``; the prompts are of one length and one temperature."""
+        ids = torch.tensor([request.prompt_tokens for request in requests])
+        seed = derive_seed(self._facts.seed, self._version, requests[0].salt, requests[0].prompt_id)
+        random = torch.Generator().manual_seed(seed)
+        caches = {False: DynamicCache(), True: DynamicCache()}
+        for _ in range(max_tokens):
+            read = ids[:, caches[teacher_share == 1].get_seq_length() :]
+            laws: list[Tensor] = []
+            if teacher_share < 1:
+                laws.append(self._next(self._student, read, caches[False]) / requests[0].temperature)
+            if teacher_share > 0:
+                laws.append(self._next(self._teacher, read, caches[True]))
+            law = mixture_logprobs(laws[0], laws[1], teacher_share) if len(laws) == 2 else laws[0].log_softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(law.exp(), 1, generator=random)], -1)
+        return self._rollouts(requests, ids, teacher_share)
+
+    def _next(self, model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
+        """log-probs of the next token; [B, V]."""
+        return log_softmax(model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1])
+
+    def _rollouts(self, requests: Sequence[GenerationRequest], ids: Tensor, teacher_share: float) -> list[Rollout]:
+        """Everything up to the first EOS, with the student's log-probs."""
+        start = len(requests[0].prompt_tokens)
+        logits = self._student(input_ids=ids).logits[:, start - 1 : -1]
+        logprobs = gather(log_softmax(logits), ids[:, start:]).tolist()
+        source = Source.TEACHER if teacher_share == 1 else Source.MIXED if teacher_share > 0 else Source.STUDENT
+        rollouts = []
+        for request, tokens, of_tokens in zip(requests, ids[:, start:].tolist(), logprobs, strict=True):
+            ends = [place + 1 for place, token in enumerate(tokens) if token in self._facts.eos_ids]
+            length = ends[0] if ends else len(tokens)
+            rollouts.append(
+                Rollout(
+                    prompt_id=request.prompt_id,
+                    sample=request.sample,
+                    prompt_tokens=request.prompt_tokens,
+                    tokens=tuple(tokens[:length]),
+                    source=source,
+                    teacher_share=teacher_share,
+                    temperature=request.temperature,
+                    student_logprobs=tuple(of_tokens[:length]),
+                    version=self._version,
+                    finished=bool(ends),
+                )
+            )
+        return rollouts
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
