@@ -1,5 +1,6 @@
 """The comparison on the stories pair: its arithmetic on hand-made runs, and that nothing finished is run again."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,13 +10,19 @@ import pytest
 import torch
 from comparison.findings import CLAIMS, Claim, Verdict, verdict
 from comparison.gaps import head_and_tail
+from comparison.in_process import Writer, run_in_process
 from comparison.plan import HEADS, LAST_WRITTEN, METHODS, START, VARIANTS, Entry, experiment, plan
 from comparison.report import filled_in
 from comparison.results import Outcome, Spread, curve_of, noise
 from comparison.tables import measures_table, relative, time_table
 from rich.console import Console
+from safetensors.torch import load_file
+from stories import stories
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from raykd.experiment import Experiment
+from raykd.actors import ModelFacts
+from raykd.experiment import EvaluationConfig, Experiment
+from raykd.rollout.requests import GenerationRequest
 
 Line = dict[str, float]
 
@@ -142,3 +149,72 @@ def test_a_finished_run_is_not_repeated(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setattr(compare, "plan", lambda: [start, kd])
     compare.train_missing(Console())
     assert sorted(path.name for path in (tmp_path / "compare").iterdir()) == [kd.name, start.name]
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> ModelFacts:
+    """Two small random Llamas."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=7, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, initializer_range=0.5
+        )
+        LlamaForCausalLM(config).save_pretrained(folder / str(seed))
+    student, teacher = str(folder / "1"), str(folder / "2")
+    return ModelFacts(student=student, teacher=teacher, vocab_size=7, eos_ids=(0,), max_length=16, seed=0)
+
+
+def requests(count: int) -> list[GenerationRequest]:
+    return [GenerationRequest(prompt_id="p", sample=n, prompt_tokens=(3, 1, 4), salt=0) for n in range(count)]
+
+
+@torch.no_grad()
+def dense(folder: str | None, ids: Sequence[int]) -> torch.Tensor:
+    """log-probs of the token after every position; [T, V]."""
+    assert folder is not None
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_every_token_follows_the_mixture_of_teacher_and_student(facts: ModelFacts, share: float):
+    rollouts = Writer(facts).generate(requests(4000), share, max_tokens=2)
+    prompt = list(requests(1)[0].prompt_tokens)
+    law = (1 - share) * dense(facts.student, prompt)[-1].exp() + share * dense(facts.teacher, prompt)[-1].exp()
+    drawn = torch.bincount(torch.tensor([rollout.tokens[0] for rollout in rollouts]), minlength=7) / len(rollouts)
+    assert (drawn - law).abs().sum() / 2 < 0.03  # about twice what chance gives
+    assert (dense(facts.student, prompt)[-1].exp() - dense(facts.teacher, prompt)[-1].exp()).abs().sum() / 2 > 0.2
+
+
+def test_written_responses_end_at_eos_and_carry_the_students_log_probs(facts: ModelFacts):
+    rollouts = Writer(facts).generate(requests(200), 0.5, max_tokens=8)
+    assert {rollout.finished for rollout in rollouts} == {True, False}
+    assert all((rollout.tokens[-1] == 0) == rollout.finished and 0 not in rollout.tokens[:-1] for rollout in rollouts)
+    rollout = max(rollouts, key=lambda rollout: len(rollout.tokens))
+    expected = dense(facts.student, [*rollout.prompt_tokens, *rollout.tokens])[len(rollout.prompt_tokens) - 1 : -1]
+    assert rollout.student_logprobs == pytest.approx(expected.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0], abs=1e-5)
+
+
+@pytest.mark.stack
+def test_a_run_in_one_process_learns_and_goes_on_where_it_was_interrupted(
+    data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("RAYKD_RUNS", str(tmp_path))
+    finish(Entry("fifth", START, 0), tmp_path)
+    untrained = stories(METHODS["sft"])
+    short = experiment(Entry("fifth", "minillm", 0)).model_copy(
+        update={"student": untrained.student, "evaluation": EvaluationConfig(prompts=8), "checkpoint_every": 4}
+    )
+    few = [short.model_copy(update={"stages": (short.stages[0].model_copy(update={"steps": steps}),)}) for steps in (4, 8)]
+    whole = few[1].model_copy(update={"name": "whole"})
+    for each in (few[0], whole):
+        run_in_process(each, Console(quiet=True))
+    interrupted = tmp_path / "compare" / short.name
+    position = interrupted / "checkpoints" / "step-000004" / "driver.json"
+    state = json.loads(position.read_text())
+    state["position"] |= {"stage": 0, "step": 4}  # as it was written within the longer run
+    position.write_text(json.dumps(state))
+    run_in_process(few[1], Console(quiet=True))
+    weights = [load_file(tmp_path / "compare" / name / "student" / "model.safetensors") for name in (short.name, "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])

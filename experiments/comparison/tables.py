@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
-from comparison.findings import CLAIMS, PUBLISHED, Claim, threshold, verdict
+from comparison.findings import CLAIMS, PUBLISHED, SYSTEM, Claim, threshold, verdict
 from comparison.plan import METHODS, START
 from comparison.results import Outcome, Spread, noise, over_seeds
 
@@ -44,7 +44,15 @@ def time_table(groups: Groups, size: str) -> Table:
     """What the steps cost, and what equal time and a given reverse KL cost."""
     level = LEVELS[size]
     short, long = (over_seeds(groups.get(name, ()), lambda outcome: outcome.seconds).mean for name in ("kd", "gkd"))
-    head = ["method", "seconds", "relative to KD", "published", f"reverse KL {level} after seconds", "after tokens, thousands"]
+    head = [
+        "method",
+        "seconds",
+        "relative to KD",
+        "by Ray and vLLM",
+        "published",
+        f"reverse KL {level} after seconds",
+        "after tokens, thousands",
+    ]
     head += [f"{name} after {seconds:.0f} s" for seconds in (short, long) for name in ("forward KL", "reverse KL")]
     rows = []
     for name in METHODS:
@@ -57,6 +65,7 @@ def time_table(groups: Groups, size: str) -> Table:
             name,
             over_seeds(group, lambda outcome: outcome.seconds).text(1),
             over_seeds(group, lambda outcome: relative(outcome, groups["kd"])).text(2),
+            f"{SYSTEM[name]:.2f}",
             PUBLISHED.get(name, ""),
         ]
         for index, scale, digits in ((0, 1, 0), (1, 1e3, 0)):
