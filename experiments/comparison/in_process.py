@@ -62,7 +62,7 @@ def run_in_process(experiment: Experiment, console: Console) -> None:
 
 
 class InProcess(Workers):
-    """The verbs of the loop without actors."""
+    """The verbs of the loop without actors. Their seconds are CPU time, so that other work on the machine does not count."""
 
     def __init__(self, experiment: Experiment, facts: ModelFacts) -> None:
         assert facts.teacher is not None
@@ -86,6 +86,13 @@ class InProcess(Workers):
 
     def call_replay(self, method: str, *arguments: Any) -> Any:
         return getattr(self.replay, method)(*arguments)
+
+    @contextmanager
+    def _measured(self, verb: str) -> Iterator[Any]:
+        measured, started = SimpleNamespace(tokens=0), time.process_time()
+        yield measured
+        for name, amount in (("seconds", time.process_time() - started), ("tokens", measured.tokens)):
+            self._usage[f"{name}/{verb}"] = self._usage.get(f"{name}/{verb}", 0) + amount
 
 
 class Only:

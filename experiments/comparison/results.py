@@ -13,7 +13,7 @@ from raykd.evaluation.results import Results
 from raykd.report.folders import EVALUATION
 
 BUSY = ("wait", "learn", "publish")
-"""What a step's time consists of as the loop sees it; start-up and held-out measures are not in it."""
+"""What a step's time consists of, as the loop sees it; start-up and held-out measures are not in it."""
 HELD_OUT = ("loss", "forward_kl", "reverse_kl")
 
 
@@ -23,7 +23,7 @@ class Point:
 
     step: float
     seconds: float
-    """Of training so far."""
+    """CPU time of training so far."""
     tokens: float
     """Response tokens learned from so far, a token of several epochs as often."""
     values: Mapping[str, float]
