@@ -5,7 +5,11 @@ transformers writes. For models so small that engines take longer to start than 
 import shutil
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -91,8 +95,9 @@ class InProcess(Workers):
     def _measured(self, verb: str) -> Iterator[Any]:
         measured, started = SimpleNamespace(tokens=0), time.process_time()
         yield measured
-        for name, amount in (("seconds", time.process_time() - started), ("tokens", measured.tokens)):
-            self._usage[f"{name}/{verb}"] = self._usage.get(f"{name}/{verb}", 0) + amount
+        with self._usage_lock:
+            for name, amount in (("seconds", time.process_time() - started), ("tokens", measured.tokens)):
+                self._usage[f"{name}/{verb}"] = self._usage.get(f"{name}/{verb}", 0) + amount
 
 
 class Only:
