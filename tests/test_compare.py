@@ -14,7 +14,7 @@ from comparison.in_process import Writer, run_in_process
 from comparison.plan import HEADS, LAST_WRITTEN, METHODS, START, VARIANTS, Entry, experiment, plan
 from comparison.report import filled_in
 from comparison.results import Outcome, Spread, curve_of, noise
-from comparison.tables import measures_table, relative, time_table
+from comparison.tables import cost_table, measures_table, relative, time_table
 from rich.console import Console
 from safetensors.torch import load_file
 from stories import stories
@@ -96,12 +96,15 @@ def test_tables_hold_means_and_spreads_over_seeds():
     head, *rows = measures_table(groups)
     column = head.index("reverse KL")
     assert {row[0]: row[column] for row in rows} == {"kd": "1.700 ± 0.141", "gkd": "1.100 ± 0.141", "noise": "0.141"}
-    head, *rows = time_table(groups, "fifth")
-    by_name = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-    assert by_name["gkd"]["relative to KD"] == "2.50 ± 0.71"
-    assert by_name["kd"]["reverse KL 1.55 after seconds"] == "-"
-    assert by_name["gkd"]["reverse KL 1.55 after seconds"] == "3 ± 0"
-    assert by_name["gkd"]["reverse KL after 2 s"] == "1.625 ± 0.059"
+    costs, times = (
+        {row[0]: dict(zip(table[0], row, strict=True)) for row in table[1:]}
+        for table in (cost_table(groups, "fifth"), time_table(groups))
+    )
+    assert costs["gkd"]["relative to KD"] == "2.50 ± 0.71"
+    assert costs["kd"]["reverse KL 1.55 after seconds"] == "-"
+    assert costs["gkd"]["reverse KL 1.55 after seconds"] == "3 ± 0"
+    assert times["gkd"]["reverse KL after 2 s"] == "1.625 ± 0.059"
+    assert times["kd"]["reverse KL after 6 s"] == "-"
 
 
 def test_a_table_takes_the_place_between_its_markers():

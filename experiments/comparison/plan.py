@@ -21,8 +21,8 @@ LONG = 240
 """Steps of the methods without generation where they get as much time as those with it."""
 
 METHODS: dict[str, AnyAlgorithm] = {
-    path.stem.removeprefix("stories_"): import_module(path.stem).EXPERIMENT.stages[-1].algorithm
-    for path in sorted(Path(__file__).parents[1].glob("stories_*.py"))
+    name: import_module(f"stories_{name}").EXPERIMENT.stages[-1].algorithm
+    for name in ("sft", "seq_kd", "kd", "imit_kd", "gkd", "minillm", "akl", "distillm", "distillm2", "opd")
 }
 """With the settings of their files."""
 

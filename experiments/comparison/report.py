@@ -9,7 +9,7 @@ from comparison import figures
 from comparison.gaps import GAPS
 from comparison.plan import HEADS, METHODS, Entry
 from comparison.results import Outcome, read_outcome
-from comparison.tables import Groups, Table, claims_table, gaps_table, measures_table, time_table
+from comparison.tables import Groups, Table, claims_table, cost_table, gaps_table, measures_table, time_table
 
 DOCS = Path(__file__).parents[2] / "docs"
 
@@ -25,7 +25,11 @@ def write(entries: Sequence[Entry]) -> None:
     for size in sizes:
         groups = grouped(outcomes, size)
         methods = {name: groups[name] for name in METHODS if name in groups}
-        tables |= {f"measures-{size}": measures_table(groups), f"time-{size}": time_table(groups, size)}
+        tables |= {
+            f"measures-{size}": measures_table(groups),
+            f"cost-{size}": cost_table(groups, size),
+            f"time-{size}": time_table(groups),
+        }
         drawings |= {
             f"time-{size}": figures.reverse_kl_over_time(methods),
             f"trade-off-{size}": figures.trade_off(methods),

@@ -40,44 +40,46 @@ def measures_table(groups: Groups) -> Table:
     return [["method", "seeds", *(title for title, _ in COLUMNS.values())], *rows]
 
 
-def time_table(groups: Groups, size: str) -> Table:
-    """What the steps cost, and what equal time and a given reverse KL cost."""
+def cost_table(groups: Groups, size: str) -> Table:
+    """What the steps cost, and what a given reverse KL costs."""
     level = LEVELS[size]
-    short, long = (over_seeds(groups.get(name, ()), lambda outcome: outcome.seconds).mean for name in ("kd", "gkd"))
-    head = [
-        "method",
-        "seconds",
-        "relative to KD",
-        "by Ray and vLLM",
-        "published",
-        f"reverse KL {level} after seconds",
-        "after tokens, thousands",
-    ]
-    head += [f"{name} after {seconds:.0f} s" for seconds in (short, long) for name in ("forward KL", "reverse KL")]
-    rows = []
-    for name in METHODS:
-        group = groups.get(name, ())
-        if not group:
-            continue
-        reached = [outcome.reaches("reverse_kl", level) for outcome in group]
-        longest = groups.get(f"{name}_long", ())
-        row = [
+    head = ["method", "seconds", "relative to KD", "by Ray and vLLM", "published"]
+    rows = [
+        [
             name,
-            over_seeds(group, lambda outcome: outcome.seconds).text(1),
-            over_seeds(group, lambda outcome: relative(outcome, groups["kd"])).text(2),
+            seconds_of(groups[name]).text(1),
+            over_seeds(groups[name], lambda outcome: relative(outcome, groups.get("kd", ()))).text(2),
             f"{SYSTEM[name]:.2f}",
             PUBLISHED.get(name, ""),
+            *_reached(groups[name], level),
         ]
-        for index, scale, digits in ((0, 1, 0), (1, 1e3, 0)):
-            found = [pair[index] / scale for pair in reached if pair]
-            row.append(
-                Spread(found).text(digits) + (f" ({len(found)} of {len(reached)})" if 0 < len(found) < len(reached) else "")
-            )
-        for seconds, runs in ((short, group), (long, longest or group)):
-            for held_out in ("forward_kl", "reverse_kl"):
-                row.append(over_seeds(runs, lambda o, s=seconds, h=held_out: o.at_seconds(s, h)).text(3))
-        rows.append(row)
-    return [head, *rows]
+        for name in METHODS
+        if name in groups
+    ]
+    return [[*head, f"reverse KL {level} after seconds", "after tokens, thousands"], *rows]
+
+
+def _reached(group: Sequence[Outcome], level: float) -> list[str]:
+    """Seconds and thousands of tokens, and in how many of the runs, where not in all."""
+    found = [reached for outcome in group if (reached := outcome.reaches("reverse_kl", level))]
+    count = f" ({len(found)} of {len(group)})" if 0 < len(found) < len(group) else ""
+    return [Spread([pair[index] / scale for pair in found]).text(0) + count for index, scale in ((0, 1), (1, 1e3))]
+
+
+def time_table(groups: Groups) -> Table:
+    """The held-out numbers after equal training time: that of the steps of KD, and that of the steps of GKD."""
+    times = [seconds_of(groups[name]).mean for name in ("kd", "gkd") if name in groups]
+    cells = [(seconds, measure) for seconds in times for measure in ("forward_kl", "reverse_kl")]
+    rows = []
+    for name in METHODS:
+        if runs := groups.get(f"{name}_long") or groups.get(name):
+            rows.append([name, *(over_seeds(runs, lambda run, cell=cell: run.at_seconds(*cell)).text(3) for cell in cells)])
+    return [["method", *(f"{COLUMNS[measure][0]} after {seconds:.0f} s" for seconds, measure in cells)], *rows]
+
+
+def seconds_of(group: Sequence[Outcome]) -> Spread:
+    """Of training."""
+    return over_seeds(group, lambda outcome: outcome.seconds)
 
 
 def relative(outcome: Outcome, references: Sequence[Outcome]) -> float | None:
