@@ -58,7 +58,7 @@ def gaps(watched: Sequence[Mapping[str, Any]]) -> str:
 def drawn(series: Mapping[str, Sequence[Point]], x: str, y: str, *, dots: bool = True) -> str:
     """The chart with its key on the right and its colours inside: a file that can stand alone."""
     looks = {name: Look.of(index) for index, name in enumerate(series)}
-    chart = curves(series, looks, x=x, y=y, dots=dots)
+    chart = curves(series, looks, x=x, y=y, dots=dots, from_zero=False)
     inner = chart[chart.index(">", chart.index("<svg")) + 1 : chart.rindex("</svg>")]
     height = max(HEIGHT, LINE * len(series) + 10)
     keys = "".join(_key(name, looks[name], 10 + LINE * index) for index, name in enumerate(series))

@@ -41,6 +41,7 @@ def curves(
     boundaries: Sequence[float] = (),
     may_be_log: bool = False,
     dots: bool = False,
+    from_zero: bool = True,
 ) -> str:
     """A line for each of ``series``; ``dots`` marks every point, else many points become means with a band of their range."""
     rows = [
@@ -53,7 +54,7 @@ def curves(
     first, last = min(row["x"] for row in rows), max(row["x"] for row in rows)
     x_axis: Spec = {"field": "x", "type": "quantitative", "title": x, "scale": {"nice": False, "zero": False}}
     y_axis: Spec = {"field": "y", "type": "quantitative", "title": f"{y}, log scale" if log else y}
-    y_axis["scale"] = {"type": "log", "nice": False} if log else {"zero": min(values) >= 0}
+    y_axis["scale"] = {"type": "log", "nice": False} if log else {"zero": from_zero and min(values) >= 0}
     y_axis["axis"] = {"format": "~e"} if max(map(abs, values)) < 1e-3 else {}
     layers: list[Spec] = [
         {"mark": {"type": "area", "opacity": 0.16}, "encoding": {"y": {**y_axis, "field": "low"}, "y2": {"field": "high"}}},
