@@ -16,10 +16,10 @@ from rich.console import Console
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from comparison.plain_learner import PlainLearner
 from raykd.actors import ModelFacts
 from raykd.algorithms.base import Needs
 from raykd.experiment import Experiment
+from raykd.learner import Learner
 from raykd.logprobs import gather, log_softmax, mixture_logprobs
 from raykd.phases import Position
 from raykd.prompts import eos_id
@@ -70,9 +70,10 @@ class InProcess(Workers):
     def __init__(self, experiment: Experiment, facts: ModelFacts) -> None:
         assert facts.teacher is not None
         teacher = Teacher(facts.teacher, experiment.teachers, vocab_size=facts.vocab_size)
-        learner = PlainLearner(
+        learner = Learner(
             facts.student,
             config=experiment.learner,
+            rank=0,
             address=("127.0.0.1", _free_port()),
             vocab_size=facts.vocab_size,
             pad_id=facts.eos_ids[0],
