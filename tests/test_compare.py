@@ -63,39 +63,51 @@ def test_equal_time_and_a_level_lie_on_the_line_between_two_measurements():
     assert run.reaches("reverse_kl", 0.1) is None
 
 
+def seeds(*values: float) -> Spread:
+    return Spread(dict(enumerate(values)))
+
+
 def test_the_noise_is_the_pooled_deviation_between_seeds():
-    groups = [Spread([1.0, 3.0]), Spread([0.0, 0.0, 6.0]), Spread([7.0])]
+    groups = [seeds(1.0, 3.0), seeds(0.0, 0.0, 6.0), seeds(7.0)]
     assert noise(groups) == pytest.approx(math.sqrt((2.0 + 24.0) / 3))
     with pytest.raises(ValueError, match="two seeds"):
-        noise([Spread([1.0])])
+        noise([seeds(1.0)])
+
+
+def test_variants_are_compared_on_the_seeds_that_both_have():
+    assert Spread({0: 1.0, 2: 5.0}).minus(Spread({0: 3.0, 1: 9.0})) == Spread({0: -2.0})
 
 
 @pytest.mark.parametrize(
-    ("better", "worse", "higher", "expected"),
+    ("difference", "higher", "expected"),
     [
-        ([1.0, 1.0], [2.1, 2.1], False, Verdict.YES),
-        ([1.0, 1.0], [1.9, 1.9], False, Verdict.NOISE),
-        ([2.1, 2.1], [1.0, 1.0], False, Verdict.NO),
-        ([2.1, 2.1], [1.0, 1.0], True, Verdict.YES),
-        ([1.0], [2.1], False, Verdict.NOISE),  # fewer seeds, a wider margin
-        ([], [1.0], False, Verdict.OPEN),
+        ([-1.1, -1.1], False, Verdict.YES),
+        ([-0.9, -0.9], False, Verdict.NOISE),
+        ([1.1, 1.1], False, Verdict.NO),
+        ([1.1, 1.1], True, Verdict.YES),
+        ([-1.1], False, Verdict.NOISE),  # fewer seeds, a wider margin
+        ([], False, Verdict.OPEN),
     ],
 )
-def test_a_difference_counts_from_twice_its_standard_error_on(
-    better: list[float], worse: list[float], higher: bool, expected: Verdict
-):
-    assert verdict(Claim("", "", "", "", higher), Spread(better), Spread(worse), noise=0.5) is expected
+def test_a_difference_counts_from_twice_its_standard_error_on(difference: list[float], higher: bool, expected: Verdict):
+    assert verdict(Claim("", "", "", "", higher), seeds(*difference), noise=0.5) is expected
 
 
 def test_tables_hold_means_and_spreads_over_seeds():
     groups = {
+        START: [outcome(START, 0, 1.0, [9.0, 2.0]), outcome(START, 1, 1.0, [9.0, 2.0])],
         "kd": [outcome("kd", 0, 2.0, [2.0, 1.8]), outcome("kd", 1, 3.0, [2.0, 1.6])],
         "gkd": [outcome("gkd", 0, 6.0, [2.0, 1.0]), outcome("gkd", 1, 6.0, [2.0, 1.2])],
     }
     assert relative(groups["gkd"][1], groups["kd"]) == 2.0
     head, *rows = measures_table(groups)
     column = head.index("reverse KL")
-    assert {row[0]: row[column] for row in rows} == {"kd": "1.700 ± 0.141", "gkd": "1.100 ± 0.141", "noise": "0.141"}
+    assert {row[0]: row[column] for row in rows} == {
+        "(fine-tuned student)": "2.000 ± 0.000",
+        "kd": "1.700 ± 0.141",
+        "gkd": "1.100 ± 0.141",
+        "noise": "0.141",
+    }
     costs, times = (
         {row[0]: dict(zip(table[0], row, strict=True)) for row in table[1:]}
         for table in (cost_table(groups, "fifth"), time_table(groups))

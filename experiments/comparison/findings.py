@@ -53,18 +53,17 @@ CLAIMS = (
 )
 
 
-def verdict(claim: Claim, better: Spread, worse: Spread, noise: float) -> Verdict:
-    """The difference of the means against 2 noise sqrt(1 / n_better + 1 / n_worse), ``noise`` between students of one kind."""
-    if not better.values or not worse.values:
+def verdict(claim: Claim, difference: Spread, noise: float) -> Verdict:
+    """``difference`` is better minus worse, seed by seed; ``noise`` the deviation between seeds of one variant."""
+    if not difference.values:
         return Verdict.OPEN
-    gain = (better.mean - worse.mean) * (1 if claim.higher else -1)
-    limit = threshold(better, worse, noise)
+    gain, limit = difference.mean * (1 if claim.higher else -1), threshold(difference, noise)
     return Verdict.YES if gain > limit else Verdict.NO if gain < -limit else Verdict.NOISE
 
 
-def threshold(better: Spread, worse: Spread, noise: float) -> float:
-    """Twice the standard error of the difference."""
-    return 2 * noise * math.sqrt(1 / len(better.values) + 1 / len(worse.values))
+def threshold(difference: Spread, noise: float) -> float:
+    """Twice the standard error of a mean difference of two variants: 2 noise sqrt(2 / n), n seeds."""
+    return 2 * noise * math.sqrt(2 / len(difference.values))
 
 
 PUBLISHED: Mapping[str, str] = {

@@ -90,9 +90,13 @@ def curve_of(lines: Iterable[Mapping[str, float]]) -> list[Point]:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """A number over seeds."""
+    """A number for each seed."""
 
-    values: Sequence[float]
+    by_seed: Mapping[int, float]
+
+    @property
+    def values(self) -> list[float]:
+        return list(self.by_seed.values())
 
     @property
     def mean(self) -> float:
@@ -104,15 +108,19 @@ class Spread:
         spread = f" ± {math.sqrt(variance(self.values)):.{digits}f}" if len(self.values) > 1 else ""
         return f"{self.mean:.{digits}f}{spread}"
 
+    def minus(self, other: "Spread") -> "Spread":
+        """The differences of the seeds that both have."""
+        return Spread({seed: value - other.by_seed[seed] for seed, value in self.by_seed.items() if seed in other.by_seed})
+
 
 def over_seeds(outcomes: Iterable[Outcome], value: Callable[[Outcome], float | None]) -> Spread:
     """The values that there are."""
-    return Spread([found for outcome in outcomes if (found := value(outcome)) is not None])
+    return Spread({outcome.entry.seed: found for outcome in outcomes if (found := value(outcome)) is not None})
 
 
 def noise(groups: Iterable[Spread]) -> float:
-    """The standard deviation between students of the same kind and different seeds, pooled over the kinds:
-    sqrt(sum_k (n_k - 1) s_k^2 / sum_k (n_k - 1)); raises ValueError where no kind has two seeds."""
+    """The standard deviation between seeds, pooled over the groups: sqrt(sum_k (n_k - 1) s_k^2 / sum_k (n_k - 1)); raises
+    ValueError where no group has two."""
     several = [group.values for group in groups if len(group.values) > 1]
     if not several:
         raise ValueError("the noise is not known before some variant has run with two seeds")

@@ -35,8 +35,8 @@ def measures_table(groups: Groups) -> Table:
         for name in (START, *METHODS)
         if name in groups
     ]
-    spreads = {m: noise([measured(group, m) for group in groups.values()]) for m in COLUMNS}
-    rows.append(["noise", ""] + [f"{spreads[measure]:.{digits}f}" for measure, (_, digits) in COLUMNS.items()])
+    if any(len(group) > 1 for name, group in groups.items() if name != START):
+        rows.append(["noise", "", *(f"{noise_of(measure, groups):.{digits}f}" for measure, (_, digits) in COLUMNS.items())])
     return [["method", "seeds", *(title for title, _ in COLUMNS.values())], *rows]
 
 
@@ -61,9 +61,9 @@ def cost_table(groups: Groups, size: str) -> Table:
 
 def _reached(group: Sequence[Outcome], level: float) -> list[str]:
     """Seconds and thousands of tokens, and in how many of the runs, where not in all."""
-    found = [reached for outcome in group if (reached := outcome.reaches("reverse_kl", level))]
+    found = {outcome.entry.seed: reached for outcome in group if (reached := outcome.reaches("reverse_kl", level))}
     count = f" ({len(found)} of {len(group)})" if 0 < len(found) < len(group) else ""
-    return [Spread([pair[index] / scale for pair in found]).text(0) + count for index, scale in ((0, 1), (1, 1e3))]
+    return [Spread({s: pair[i] / scale for s, pair in found.items()}).text(0) + count for i, scale in ((0, 1), (1, 1e3))]
 
 
 def time_table(groups: Groups) -> Table:
@@ -90,28 +90,28 @@ def relative(outcome: Outcome, references: Sequence[Outcome]) -> float | None:
 
 def claims_table(groups: Groups) -> Table:
     """Every claim with its numbers and what follows."""
-    return [
-        ["paper", "claim", "better", "worse", "difference", "counts from", "here"],
-        *(_claim_row(claim, groups) for claim in CLAIMS),
-    ]
+    head = ["paper", "claim", "first", "second", "seeds", "difference", "counts from", "here"]
+    return [head, *(_claim_row(claim, groups) for claim in CLAIMS)]
 
 
 def _claim_row(claim: Claim, groups: Groups) -> list[str]:
     better, worse = (measured(groups.get(name, ()), claim.measure) for name in (claim.better, claim.worse))
+    difference, spread = better.minus(worse), noise_of(claim.measure, groups)
     digits = DIGITS[claim.measure]
     title = COLUMNS.get(claim.measure, (claim.measure.replace("_", " "), 0))[0]
-    said = f"{title}: {claim.better} {'above' if claim.higher else 'below'} {claim.worse}"
-    spread = noise([measured(group, claim.measure) for group in groups.values()])
-    found = [_with_count(better, digits), _with_count(worse, digits)]
-    if better.values and worse.values:
-        found += [f"{better.mean - worse.mean:+.{digits}f}", f"{threshold(better, worse, spread):.{digits}f}"]
-    else:
-        found += ["", ""]
-    return [claim.paper, said, *found, verdict(claim, better, worse, spread).value]
+    found = [""] * 5
+    if difference.values:
+        sides = [f"{Spread({s: side.by_seed[s] for s in difference.by_seed}).mean:.{digits}f}" for side in (better, worse)]
+        counts = [f"{difference.mean:+.{digits}f}", f"{threshold(difference, spread):.{digits}f}"]
+        found = [*sides, str(len(difference.values)), *counts]
+    said = f"{title}: `{claim.better}` {'above' if claim.higher else 'below'} `{claim.worse}`"
+    return [claim.paper, said, *found, verdict(claim, difference, spread).value]
 
 
-def _with_count(spread: Spread, digits: int) -> str:
-    return f"{spread.text(digits)} (n {len(spread.values)})" if spread.values else "-"
+def noise_of(measure: str, groups: Groups) -> float:
+    """Between students of the same kind and different seeds, each taken relative to the fine-tuned student of its seed."""
+    start = measured(groups[START], measure)
+    return noise([measured(group, measure).minus(start) for name, group in groups.items() if name != START])
 
 
 def measured(group: Sequence[Outcome], measure: str) -> Spread:
