@@ -45,6 +45,7 @@ CLAIMS = (
         for skew, plain in (("skew_forward_data", "kd"), ("skew_reverse_data", "reverse_kl_data"))
         for measure, higher in (("rouge_l", True), ("reverse_kl", False), ("gradient_spread", False))
     ),
+    *(Claim("DistiLLM", fast, "skew_reverse_student", "seconds") for fast in ("distillm", "skew_reverse_replay")),
     *(
         Claim("AKL", "akl", other, measure, higher)
         for other in ("kd", "reverse_kl_data", "jeffreys_data")

@@ -19,7 +19,7 @@ COLUMNS: Mapping[str, tuple[str, int]] = {
     "self_bleu": ("self-BLEU", 2),
 }
 """A measure's title and digits."""
-DIGITS = {name: digits for name, (_, digits) in COLUMNS.items()} | {"gradient_spread": 3}
+DIGITS = {name: digits for name, (_, digits) in COLUMNS.items()} | {"gradient_spread": 3, "seconds": 1}
 LEVELS = {"fifth": 1.55, "half": 1.15}
 """The reverse KL that is to be reached, by size."""
 Table = list[list[str]]
@@ -115,7 +115,10 @@ def noise_of(measure: str, groups: Groups) -> float:
 
 
 def measured(group: Sequence[Outcome], measure: str) -> Spread:
-    """A measure of the final student, or how unsteady the gradient's norm was: its standard deviation over its mean."""
+    """A measure of the final student, its seconds of training, or how unsteady the gradient's norm was: its standard deviation
+    over its mean."""
+    if measure == "seconds":
+        return seconds_of(group)
     if measure == "gradient_spread":
         return over_seeds(group, lambda outcome: pstdev(outcome.gradient_norms) / fmean(outcome.gradient_norms))
     return over_seeds(group, lambda outcome: outcome.measures[measure])
