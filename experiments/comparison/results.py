@@ -44,12 +44,13 @@ class Outcome:
         return self.curve[-1].seconds
 
     def at_seconds(self, seconds: float, name: str) -> float | None:
-        """A held-out value after so much training, between two measurements on the line; None where the run is shorter."""
-        if seconds > 1.02 * self.seconds:
+        """A held-out value after so much training, between two measurements on the line; None where the run is more than
+        a tenth shorter."""
+        if seconds > 1.1 * self.seconds:
             return None
         for before, after in zip(self.curve, self.curve[1:], strict=False):
             if seconds <= after.seconds or after is self.curve[-1]:
-                part = (seconds - before.seconds) / (after.seconds - before.seconds)
+                part = min(1.0, (seconds - before.seconds) / (after.seconds - before.seconds))
                 return before.values[name] + part * (after.values[name] - before.values[name])
         raise AssertionError("a curve has at least two points")
 

@@ -20,7 +20,7 @@ COLUMNS: Mapping[str, tuple[str, int]] = {
 }
 """A measure's title and digits."""
 DIGITS = {name: digits for name, (_, digits) in COLUMNS.items()} | {"gradient_spread": 3, "seconds": 1}
-LEVELS = {"fifth": 1.55, "half": 1.15}
+LEVELS = {"fifth": 1.6, "half": 1.3}
 """The reverse KL that is to be reached, by size."""
 Table = list[list[str]]
 Groups = Mapping[str, Sequence[Outcome]]
@@ -60,10 +60,15 @@ def cost_table(groups: Groups, size: str) -> Table:
 
 
 def _reached(group: Sequence[Outcome], level: float) -> list[str]:
-    """Seconds and thousands of tokens, and in how many of the runs, where not in all."""
+    """Seconds and thousands of tokens."""
     found = {outcome.entry.seed: reached for outcome in group if (reached := outcome.reaches("reverse_kl", level))}
-    count = f" ({len(found)} of {len(group)})" if 0 < len(found) < len(group) else ""
-    return [Spread({s: pair[i] / scale for s, pair in found.items()}).text(0) + count for i, scale in ((0, 1), (1, 1e3))]
+    spreads = [Spread({seed: pair[index] / scale for seed, pair in found.items()}) for index, scale in ((0, 1), (1, 1e3))]
+    return [spread.text(0) + _count(spread, group) for spread in spreads]
+
+
+def _count(spread: Spread, group: Sequence[Outcome]) -> str:
+    """In how many runs a number was found, where not in all or none."""
+    return f" ({len(spread.values)} of {len(group)})" if 0 < len(spread.values) < len(group) else ""
 
 
 def time_table(groups: Groups) -> Table:
@@ -72,8 +77,10 @@ def time_table(groups: Groups) -> Table:
     cells = [(seconds, measure) for seconds in times for measure in ("forward_kl", "reverse_kl")]
     rows = []
     for name in METHODS:
-        if runs := groups.get(f"{name}_long") or groups.get(name):
-            rows.append([name, *(over_seeds(runs, lambda run, cell=cell: run.at_seconds(*cell)).text(3) for cell in cells)])
+        longest = {outcome.entry.seed: outcome for variant in (name, f"{name}_long") for outcome in groups.get(variant, ())}
+        if runs := list(longest.values()):
+            found = [over_seeds(runs, lambda run, cell=cell: run.at_seconds(*cell)) for cell in cells]
+            rows.append([name, *(spread.text(3) + _count(spread, runs) for spread in found)])
     return [["method", *(f"{COLUMNS[measure][0]} after {seconds:.0f} s" for seconds, measure in cells)], *rows]
 
 
