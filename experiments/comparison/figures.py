@@ -5,6 +5,7 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
+from comparison.plan import METHODS
 from comparison.results import Outcome
 from raykd.report.charts import HEIGHT, WIDTH, Look, Point, curves
 
@@ -57,7 +58,8 @@ def gaps(watched: Sequence[Mapping[str, Any]]) -> str:
 
 def drawn(series: Mapping[str, Sequence[Point]], x: str, y: str, *, dots: bool = True) -> str:
     """The chart with its key on the right and its colours inside: a file that can stand alone."""
-    looks = {name: Look.of(index) for index, name in enumerate(series)}
+    known = list(METHODS)  # a method looks the same in every figure
+    looks = {name: Look.of(known.index(name) if name in known else index) for index, name in enumerate(series)}
     chart = curves(series, looks, x=x, y=y, dots=dots, from_zero=False)
     inner = chart[chart.index(">", chart.index("<svg")) + 1 : chart.rindex("</svg>")]
     height = max(HEIGHT, LINE * len(series) + 10)

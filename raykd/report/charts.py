@@ -61,7 +61,9 @@ def curves(
         {"mark": {"type": "line", "strokeWidth": 1.75, "strokeJoin": "round"}, "encoding": {"y": y_axis}},
     ]
     if dots:
-        layers = [{**layers[1], "mark": {**layers[1]["mark"], "point": {"size": 26, "filled": True}}}]
+        point = {"size": 26, "filled": True}
+        path = {"y": y_axis, "order": {"field": "place"}}  # a line through the points as they come, not as x grows
+        layers = [{"mark": {**layers[1]["mark"], "point": point}, "encoding": path}]
     names = list(series)
     styles = {
         "x": x_axis,
@@ -119,7 +121,7 @@ def _span(xs: Sequence[float], ys: Sequence[float]) -> dict[str, float]:
 
 
 def _apart(points: Sequence[Point]) -> list[dict[str, float]]:
-    return [{"x": x, "y": y} for x, y in points]
+    return [{"x": x, "y": y, "place": place} for place, (x, y) in enumerate(points)]
 
 
 def _scaled(values: Sequence[Any], names: Sequence[str]) -> Spec:
