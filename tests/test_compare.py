@@ -212,7 +212,6 @@ def test_written_responses_end_at_eos_and_carry_the_students_log_probs(facts: Mo
 
 
 @pytest.mark.stack
-@pytest.mark.stack
 def test_a_run_in_one_process_learns_and_goes_on_where_it_was_interrupted(
     data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):

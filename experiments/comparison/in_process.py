@@ -4,11 +4,8 @@ transformers writes. For models so small that engines take longer to start than 
 
 import shutil
 import socket
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +27,7 @@ from raykd.run import check_models, new_folder, prepare, weights
 from raykd.teacher import Teacher
 from raykd.tracking import Tracker
 from raykd.train import restore_checkpoint, train
+from raykd.usage import Usage
 from raykd.validation import measure
 from raykd.weights import WeightUpdate, unpack, verify
 from raykd.workers import Workers
@@ -85,18 +83,10 @@ class InProcess(Workers):
         self.replay: Any = ReplayBuffer(experiment.seed)
         self._update = self._loaded = None
         self._learner_version = 0
-        self._usage, self._usage_lock = {}, threading.Lock()
+        self.usage = Usage(("learner",), clock=time.process_time)
 
     def call_replay(self, method: str, *arguments: Any) -> Any:
         return getattr(self.replay, method)(*arguments)
-
-    @contextmanager
-    def _measured(self, verb: str) -> Iterator[Any]:
-        measured, started = SimpleNamespace(tokens=0), time.process_time()
-        yield measured
-        with self._usage_lock:
-            for name, amount in (("seconds", time.process_time() - started), ("tokens", measured.tokens)):
-                self._usage[f"{name}/{verb}"] = self._usage.get(f"{name}/{verb}", 0) + amount
 
 
 class Only:
