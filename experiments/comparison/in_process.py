@@ -119,11 +119,11 @@ class ScoringTeacher:
     def __init__(self, teacher: Teacher, eos_ids: tuple[int, ...]) -> None:
         self._teacher, self._eos_ids = teacher, eos_ids
 
-    def score(self, rollouts: Sequence[Rollout], needs: Needs) -> tuple[Scores | None, list[tuple[float, ...]]]:
+    def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None) -> tuple[Scores | None, list[Any]]:
         """As ``TeacherActor.score``."""
-        scores = self._teacher.score(rollouts, needs)
-        logprobs = [tuple(scores.row(index).logprobs.tolist()) for index in range(len(rollouts))]
-        return (scores if needs is Needs.DISTRIBUTION else None), logprobs
+        scores = self._teacher.score(rollouts, needs, top_k)
+        rows = (scores.row(index).logprobs for index in range(len(rollouts)))
+        return scores if needs.distribution else None, [tuple(values.tolist()) if needs.sampled else None for values in rows]
 
     def answer(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[tuple[int, ...]]:
         """As ``TeacherActor.answer``."""
