@@ -21,6 +21,7 @@ from stories import stories
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd.actors import ModelFacts
+from raykd.evaluation.generate import in_own_process
 from raykd.experiment import EvaluationConfig, Experiment
 from raykd.rollout.requests import GenerationRequest
 
@@ -211,6 +212,10 @@ def test_written_responses_end_at_eos_and_carry_the_students_log_probs(facts: Mo
     assert rollout.student_logprobs == pytest.approx(expected.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0], abs=1e-5)
 
 
+def train_quietly(run: Experiment) -> None:
+    run_in_process(run, Console(quiet=True))
+
+
 @pytest.mark.stack
 def test_a_run_in_one_process_learns_and_goes_on_where_it_was_interrupted(
     data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -224,12 +229,12 @@ def test_a_run_in_one_process_learns_and_goes_on_where_it_was_interrupted(
     few = [short.model_copy(update={"stages": (short.stages[0].model_copy(update={"steps": steps}),)}) for steps in (4, 8)]
     whole = few[1].model_copy(update={"name": "whole"})
     for each in (few[0], whole):
-        run_in_process(each, Console(quiet=True))
+        in_own_process(train_quietly, each)
     interrupted = tmp_path / "compare" / short.name
     position = interrupted / "checkpoints" / "step-000004" / "driver.json"
     state = json.loads(position.read_text())
     state["position"] |= {"stage": 0, "step": 4}  # as it was written within the longer run
     position.write_text(json.dumps(state))
-    run_in_process(few[1], Console(quiet=True))
+    in_own_process(train_quietly, few[1])
     weights = [load_file(tmp_path / "compare" / name / "student" / "model.safetensors") for name in (short.name, "whole")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
