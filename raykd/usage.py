@@ -55,7 +55,8 @@ class Usage:
             for span in self._running:
                 self._count(span)
             counted, self._counted = self._counted, {}
-            wall, self._taken = self._clock() - self._taken, self._clock()
+            now = self._clock()
+            wall, self._taken = now - self._taken, now
         waiting = {f"waiting/{lane}": max(0.0, wall - busy(counted, lane)) for lane in self._lanes}
         return {name: amount for name, amount in counted.items() if amount} | waiting
 

@@ -1,6 +1,5 @@
 """What the runs of the comparison left: curves, measures, and their statistics over seeds."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from comparison.measures import SUITE
 from comparison.plan import Entry
 from raykd.evaluation.results import Results
 from raykd.report.folders import EVALUATION
+from raykd.tracking import read_lines
 
 BUSY = ("wait", "learn", "publish")
 """What a step's time consists of, as the loop sees it; start-up and held-out measures are not in it."""
@@ -68,7 +68,7 @@ class Outcome:
 
 def read_outcome(entry: Entry, folder: Path) -> Outcome:
     """A run directory with its evaluation.json."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines, _ = read_lines(folder / "metrics.jsonl")
     found = Results.model_validate_json((folder / EVALUATION).read_text(encoding="utf-8")).suites[SUITE.name].models["student"]
     norms = list({line["step"]: line["grad_norm"] for line in lines if "grad_norm" in line}.values())
     measures = {name: measured.mean for name, measured in found.measures.items()}
