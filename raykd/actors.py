@@ -92,8 +92,7 @@ class TeacherActor(_Replica):
         """A reference to the block of scores, which stays in this node's object store, and log p of every token where needed."""
         scores = await asyncio.to_thread(self._teacher.score, rollouts, needs, top_k)
         reference = ray.put(scores) if needs.distribution else None
-        rows = (scores.row(index).logprobs for index in range(len(rollouts)))
-        return reference, [tuple(logprobs.tolist()) if needs.sampled else None for logprobs in rows]
+        return reference, [tuple(logprobs.tolist()) if needs.sampled else None for logprobs in scores.logprobs_by_rollout()]
 
     async def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
         return await asyncio.to_thread(self._teacher.answer, prompts, max_tokens, self._eos_ids)

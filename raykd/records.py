@@ -7,6 +7,7 @@ V vocabulary, H hidden width. All log-probabilities are natural logarithms.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -92,6 +93,10 @@ class Scores:
     """[N, V] float32."""
     top: Top | None = None
     """Of the most probable tokens; the probe then looks at those of them that were written."""
+
+    def logprobs_by_rollout(self) -> list[Tensor]:
+        """log p of the response tokens of each rollout; [T] each."""
+        return [self.logprobs[start:end] for start, end in pairwise(self.offsets)]
 
     def row(self, index: int) -> "Scores":
         """The scores of one rollout of the block."""

@@ -122,8 +122,8 @@ class ScoringTeacher:
     def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None) -> tuple[Scores | None, list[Any]]:
         """As ``TeacherActor.score``."""
         scores = self._teacher.score(rollouts, needs, top_k)
-        rows = (scores.row(index).logprobs for index in range(len(rollouts)))
-        return scores if needs.distribution else None, [tuple(values.tolist()) if needs.sampled else None for values in rows]
+        rows = [tuple(logprobs.tolist()) if needs.sampled else None for logprobs in scores.logprobs_by_rollout()]
+        return scores if needs.distribution else None, rows
 
     def answer(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[tuple[int, ...]]:
         """As ``TeacherActor.answer``."""

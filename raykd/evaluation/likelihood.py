@@ -50,7 +50,7 @@ class Scorer:
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """Of each response's tokens; [T] each."""
-        return [row for block in _blocks(rollouts) for row in _rows(self._model.score(block, Needs.SAMPLED))]
+        return [row for block in _blocks(rollouts) for row in self._model.score(block, Needs.SAMPLED).logprobs_by_rollout()]
 
     def hidden(self, rollouts: Sequence[Rollout]) -> Scores:
         return self._model.score(rollouts, Needs.DISTRIBUTION)
@@ -146,8 +146,3 @@ def _without_eos(prompt: Prompt) -> tuple[int, ...]:
 def _blocks(rollouts: Sequence[Rollout]) -> Iterator[Sequence[Rollout]]:
     for start in range(0, len(rollouts), BLOCK):
         yield rollouts[start : start + BLOCK]
-
-
-def _rows(scores: Scores) -> Iterator[Tensor]:
-    for index in range(len(scores.offsets) - 1):
-        yield scores.row(index).logprobs
