@@ -1,9 +1,12 @@
-"""Optimiser steps per hour with phases written ahead: the real loop, Phases and replay buffer, with workers that only take time.
+"""Optimiser steps per hour with phases written ahead, and with replay: the real loop, Phases and replay buffer, with workers that
+only take time.
 
     python benchmarks/overlap.py
 
 Every verb sleeps for a stage time drawn once per call (mean given below, +-20 %), so that what is measured is the loop's own
 overlap and not the machine's cores. The bound is the slowest lane's busy time: nothing is faster than the work of one lane.
+With replay a step that finds a batch of old responses may write none (DistiLLM's schedule on the student's text alone): work is
+saved instead of hidden, and the bound is that of the work which is left.
 """
 
 import json
@@ -17,8 +20,8 @@ from typing import Any, cast
 from rich.console import Console
 from rich.table import Table
 
-from raykd.algorithms import GKD, MiniLLM
-from raykd.algorithms.base import Algorithm
+from raykd.algorithms import GKD, AdaptiveSchedule, DistiLLM, MiniLLM
+from raykd.algorithms.base import Algorithm, Needs
 from raykd.experiment import EvaluationConfig, Experiment, Model, Stage
 from raykd.phases import Position
 from raykd.prompts import Data, Pairs, PromptStream
@@ -38,6 +41,7 @@ PROFILES = {
 """Seconds for the rows of one optimiser step."""
 METHODS: dict[str, tuple[Algorithm, int]] = {
     "GKD": (GKD(), 60),
+    "replay": (DistiLLM(schedule=AdaptiveSchedule(start=1.0, step=0.0)), 60),
     "MiniLLM, 4 epochs": (MiniLLM(rollouts=4 * BATCH, epochs=4, text_coefficient=0), 192),
 }
 """Each with its optimiser steps."""
@@ -66,7 +70,7 @@ class Sleepers:
             Rollout(prompt_id=p.id, sample=sample, prompt_tokens=p.tokens, **common) for p in prompts for sample in range(samples)
         ]
 
-    def score(self, rollouts: Sequence[Rollout], needs: object) -> list[Row]:
+    def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None) -> list[Row]:
         """Rows without scores."""
         self._work("score", len(rollouts))
         return unscored(rollouts)
