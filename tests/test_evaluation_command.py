@@ -104,6 +104,8 @@ def test_a_student_and_its_teacher_are_measured_from_the_command_line(
             assert value == pytest.approx(sum(rouge_l(a["text"], a["references"]) for a in chosen) / len(chosen))
         assert of_student["test_loss"].mean > 0 and of_student["reverse_kl"].mean > 1 and of_student["forward_kl"].mean > 1
         assert set(of_student) - set(of_teacher) == {"rouge_l_to_teacher", "forward_kl", "reverse_kl", "excess_error"}
+        of_answers = {name for name, measured in of_student.items() if len(measured.values) == 2}
+        assert {"rouge_l", "rouge_l_to_teacher", "reverse_kl", "excess_error"} <= of_answers
     assert [set(found.measures) for found in results.suites["sst2"].models.values()] == [{"accuracy", "ece"}] * 2
     printed = capsys.readouterr().out
     assert "vicuna: 4 rows, 0 left out" in printed and "rouge_l" in printed and f"results: {output}" in printed

@@ -69,8 +69,8 @@ def test_kl_per_token_is_that_of_the_whole_distributions(pair: tuple[str, str]):
         torch.testing.assert_close(of_student.double(), (q.exp() * (q - p)).sum(-1), atol=1e-5, rtol=1e-5)
 
 
-def test_a_suite_is_scored_token_by_token_over_all_responses(pair: tuple[str, str]):
-    references, own, teachers = response(2, 7), response(4, 3), response(6, 5)
+def test_a_suite_is_scored_token_by_token_and_seed_by_seed(pair: tuple[str, str]):
+    references, own, teachers = response(2, 7), [response(4, 3), response(5, 1)], [response(6, 5), response(2, 7)]
     texts = {"suite": Texts(references=references, own=own, teachers=teachers)}
     found = score(*pair, CONFIG, VOCABULARY, texts, {})["suite"]
 
@@ -80,27 +80,28 @@ def test_a_suite_is_scored_token_by_token_over_all_responses(pair: tuple[str, st
         return [(a.exp() * (a - b)).sum(-1) for a, b in ordered]
 
     chosen = [dense(pair[0], rollout).gather(-1, torch.tensor(rollout.tokens)[:, None]) for rollout in references]
-    curve = excess_error(divergence(own, True), divergence(teachers, True))
-    assert found.excess_error == pytest.approx(curve.tolist(), abs=1e-2) and len(curve) == 4
-    assert found.measures == pytest.approx(
-        {
-            "test_loss": -float(torch.cat(chosen).mean()),
-            "forward_kl": float(torch.cat(divergence(references, True)).mean()),
-            "reverse_kl": float(torch.cat(divergence(own, False)).mean()),
-            "excess_error": float(curve[-1]),
-        },
-        rel=1e-4,
-    )
+    curves = [excess_error(divergence(a, True), divergence(b, True)) for a, b in zip(own, teachers, strict=True)]
+    together = excess_error(divergence(own[0] + own[1], True), divergence(teachers[0] + teachers[1], True))
+    assert found.excess_error == pytest.approx(together.tolist(), abs=1e-2) and len(together) == 5
+    expected = {
+        "test_loss": [-float(torch.cat(chosen).mean())],
+        "forward_kl": [float(torch.cat(divergence(references, True)).mean())],
+        "reverse_kl": [float(torch.cat(divergence(seed, False)).mean()) for seed in own],
+        "excess_error": [float(curve[-1]) for curve in curves],
+    }
+    assert found.measures.keys() == expected.keys()
+    for name, values in expected.items():
+        assert list(found.measures[name]) == pytest.approx(values, rel=1e-4), name
 
 
 def test_a_model_is_no_distance_from_itself(pair: tuple[str, str]):
     rollouts = response(3, 4)
-    found = score(pair[0], pair[0], CONFIG, VOCABULARY, {"s": Texts(rollouts, rollouts, rollouts)}, {})["s"]
-    assert found.measures["forward_kl"] == found.measures["reverse_kl"] == 0
+    found = score(pair[0], pair[0], CONFIG, VOCABULARY, {"s": Texts(rollouts, [rollouts], [rollouts])}, {})["s"]
+    assert found.measures["forward_kl"] == found.measures["reverse_kl"] == (0,)
 
 
 def test_without_a_teacher_there_is_the_loss_alone(pair: tuple[str, str]):
-    found = score(pair[0], None, CONFIG, VOCABULARY, {"s": Texts(response(3), response(3), [])}, {})["s"]
+    found = score(pair[0], None, CONFIG, VOCABULARY, {"s": Texts(response(3), [response(3)], [])}, {})["s"]
     assert set(found.measures) == {"test_loss"} and found.excess_error == ()
 
 
@@ -119,4 +120,4 @@ def test_label_probabilities_are_the_words_likelihoods_without_eos(pair: tuple[s
         assert found[row].tolist() == pytest.approx([value / sum(likelihoods) for value in likelihoods], rel=1e-4)
     measures = score(pair[0], None, CONFIG, VOCABULARY, {}, {"labels": asked})["labels"].measures
     right = [bool(found[row].argmax() == question.label) for row, question in enumerate(asked)]
-    assert measures["accuracy"] == 50 * sum(right) and 0 <= measures["ece"] <= 1
+    assert measures["accuracy"] == (50 * sum(right),) and 0 <= measures["ece"][0] <= 1

@@ -37,12 +37,12 @@ def measure(student: Path) -> Results:
     own, teachers = answers(str(student)), answers(TEACHER)
     texts = Texts(
         references=[reference_rollout(question.prompt) for question in asked],
-        own=[rollout for seed in own for rollout in seed],
-        teachers=[rollout for seed in teachers for rollout in seed],
+        own=own,
+        teachers=teachers,
     )
     found = score(str(student), TEACHER, TeacherConfig(dtype="float32"), len(tokenizer), {SUITE.name: texts}, {})[SUITE.name]
     measures = on_answers(SUITE, asked, own, decoded(own), decoded(teachers))
-    measures |= {name: Measured(values=(value,)) for name, value in found.measures.items()}
+    measures |= {name: Measured(values=values) for name, values in found.measures.items()}
     models = {"student": ModelResults(measures=measures, excess_error=found.excess_error)}
     protocol = {"decoding": DECODING.model_dump(mode="json"), "teacher": TEACHER}
     return Results(protocol=protocol, suites={SUITE.name: SuiteResults(rows=len(asked), left_out=0, models=models)})

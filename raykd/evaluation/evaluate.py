@@ -125,7 +125,7 @@ def measure(
     teacher = written[evaluation.teacher].texts if evaluation.teacher and model != evaluation.teacher else {}
     results = {}
     for suite, found in likelihoods(evaluation, model, papers, written).items():
-        measures = {name: Measured(values=(value,)) for name, value in found.measures.items()}
+        measures = {name: Measured(values=values) for name, values in found.measures.items()}
         if asked := paper.free.get(suite):
             answers = on_answers(evaluation.named(suite), asked, written[model].rollouts[suite], texts[suite], teacher.get(suite))
             measures = answers | measures | _opinion(evaluation, paper.prompts(suite), texts[suite][0], asked)
@@ -136,13 +136,13 @@ def measure(
 def likelihoods(
     evaluation: Evaluation, model: str, papers: Mapping[str, Paper], written: Mapping[str, Answers]
 ) -> dict[str, Likelihoods]:
-    """Test loss, KL to the teacher and calibration of one model, on its answers of the first seed."""
+    """Test loss, KL to the teacher and calibration of one model."""
     paper, teacher = papers[model], evaluation.teacher if model != evaluation.teacher else None
     texts = {
         name: Texts(
             references=[reference_rollout(question.prompt) for question in asked],
-            own=written[model].rollouts[name][0],
-            teachers=written[teacher].rollouts[name][0] if teacher else [],
+            own=written[model].rollouts[name],
+            teachers=written[teacher].rollouts[name] if teacher else [],
         )
         for name, asked in paper.free.items()
     }

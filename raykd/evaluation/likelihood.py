@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -25,18 +26,20 @@ class Texts:
     """The responses of one suite that are scored."""
 
     references: list[Rollout]
-    own: list[Rollout]
-    """Written by the model."""
-    teachers: list[Rollout]
-    """Written by the teacher."""
+    own: list[list[Rollout]]
+    """Written by the model, seed by seed."""
+    teachers: list[list[Rollout]]
+    """Written by the teacher, seed by seed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Likelihoods:
     """What ``score`` finds on one suite."""
 
-    measures: dict[str, float]
+    measures: dict[str, tuple[float, ...]]
+    """A value for each seed, or a single one where no seed matters."""
     excess_error: tuple[float, ...] = ()
+    """ExAccErr(l), l = 1, 2, ..., of the answers of all seeds."""
 
 
 class Scorer:
@@ -69,7 +72,7 @@ def score(
     labelled: Mapping[str, Sequence[LabelQuestion]],
 ) -> dict[str, Likelihoods]:
     """For each suite the test loss; with a teacher also forward KL on the references and reverse KL on the model's own answers,
-    both per token, and ExAccErr; for label suites accuracy and calibration."""
+    both per token, and ExAccErr, seed by seed; for label suites accuracy and calibration."""
     student = Scorer(model, config, vocab_size)
     guide = None if teacher is None else Scorer(teacher, config, vocab_size)
     found = {name: _on_texts(student, guide, suite) for name, suite in texts.items()}
@@ -92,21 +95,27 @@ def kl_per_token(student: Scorer, teacher: Scorer, rollouts: Sequence[Rollout]) 
 
 
 def _on_texts(student: Scorer, teacher: Scorer | None, texts: Texts) -> Likelihoods:
-    measures = {"test_loss": -token_mean(student.logprobs(texts.references))}
+    test_loss = (-token_mean(student.logprobs(texts.references)),)
     if teacher is None:
-        return Likelihoods(measures)
+        return Likelihoods({"test_loss": test_loss})
     forward, _ = kl_per_token(student, teacher, texts.references)
-    on_own, reverse = kl_per_token(student, teacher, texts.own)
-    on_teachers, _ = kl_per_token(student, teacher, texts.teachers)
-    curve = tuple(excess_error(on_own, on_teachers).tolist())
-    measures |= {"forward_kl": token_mean(forward), "reverse_kl": token_mean(reverse), "excess_error": curve[-1]}
-    return Likelihoods(measures, curve)
+    on_own, reverse = zip(*(kl_per_token(student, teacher, seed) for seed in texts.own), strict=True)
+    on_teachers = [kl_per_token(student, teacher, seed)[0] for seed in texts.teachers]
+    at_the_end = (excess_error(*pair)[-1] for pair in zip(on_own, on_teachers, strict=True))
+    measures = {
+        "test_loss": test_loss,
+        "forward_kl": (token_mean(forward),),
+        "reverse_kl": tuple(map(token_mean, reverse)),
+        "excess_error": tuple(map(float, at_the_end)),
+    }
+    together = excess_error(list(chain.from_iterable(on_own)), list(chain.from_iterable(on_teachers)))
+    return Likelihoods(measures, tuple(together.tolist()))
 
 
 def _on_labels(model: Scorer, asked: Sequence[LabelQuestion]) -> Likelihoods:
     probabilities, labels = label_probabilities(model, asked), torch.tensor([question.label for question in asked])
     ece = expected_calibration_error(probabilities, labels)
-    return Likelihoods({"accuracy": 100 * accuracy(probabilities, labels), "ece": ece})
+    return Likelihoods({"accuracy": (100 * accuracy(probabilities, labels),), "ece": (ece,)})
 
 
 def label_probabilities(model: Scorer, asked: Sequence[LabelQuestion]) -> Tensor:

@@ -39,7 +39,7 @@ class ModelResults(_Value):
 
     measures: dict[str, Measured]
     excess_error: tuple[float, ...] = ()
-    """ExAccErr(l) in percent, l = 1, 2, ...; empty without a teacher."""
+    """ExAccErr(l) in percent, l = 1, 2, ..., of the answers of all seeds together; empty without a teacher."""
 
 
 class SuiteResults(_Value):
