@@ -80,7 +80,7 @@ class TeacherActor(_Replica):
         from raykd.teacher import Teacher
 
         assert facts.teacher is not None
-        self._teacher = Teacher(facts.teacher, config, vocab_size=facts.vocab_size)
+        self._teacher = Teacher(facts.teacher, config, vocab_size=facts.vocab_size, max_length=facts.max_length)
         self._eos_ids = facts.eos_ids
         self._engine = None
         if writes:

@@ -19,6 +19,8 @@ Dtype = Literal["float32", "bfloat16"]
 Kept = Literal["last", "loss", "forward_kl", "reverse_kl", "rouge_l"]
 """The last weights of a stage, or the best by a held-out number."""
 HIGHER_IS_BETTER = frozenset({"rouge_l"})
+MEMORY_OF_TWO = 0.45
+"""Largest share of a GPU for each of two engines: the head's products want some, too."""
 TEACHER_WRITES = frozenset({Source.MIXED, Source.TEACHER})
 """Responses for which the teacher needs an engine of its own."""
 
@@ -143,20 +145,33 @@ class EngineConfig(_Value):
     """Longest wait for one response."""
 
 
-class RolloutConfig(_Value):
-    """Student engines that write responses."""
+class _Replicas(_Value):
+    """Interchangeable workers with vLLM engines."""
 
     replicas: Positive = 1
     gpus: float = Field(default=0.0, ge=0)
     """GPUs of each replica; 0 runs on CPU."""
     engine: EngineConfig = EngineConfig()
 
+    @model_validator(mode="after")
+    def _a_gpu_each(self) -> Self:
+        if 0 < self.gpus < self.engine.tensor_parallel:
+            raise ValueError(
+                f"engine.tensor_parallel {self.engine.tensor_parallel} takes as many GPUs, gpus gives a replica {self.gpus:g}; "
+                "change one of them"
+            )
+        return self
 
-class TeacherConfig(_Value):
+
+class RolloutConfig(_Replicas):
+    """Student engines that write responses."""
+
+
+class TeacherConfig(_Replicas):
     """Workers that score responses, and write the teacher's tokens where an algorithm mixes."""
 
-    replicas: Positive = 1
-    gpus: float = Field(default=0.0, ge=0)
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What computes the teacher's hidden states. "vllm" is a pooling engine: tensor parallelism, quantised checkpoints."""
     dtype: Dtype = "bfloat16"
     batch_tokens: Positive = 16384
     """Positions of one scoring forward pass, padding included."""
@@ -165,7 +180,8 @@ class TeacherConfig(_Value):
     payload: Literal["auto", "hidden", "logits"] = "auto"
     """What travels of a distribution: the last hidden state or the logits, both exact; "auto" sends the fewer bytes."""
     engine: EngineConfig = EngineConfig(memory=0.5)
-    """The engine beside the scorer, started only where an algorithm mixes teacher tokens in."""
+    """Of the engine that writes, started only where an algorithm mixes teacher tokens in, and of the one that scores for the
+    back end "vllm", in the scorer's ``dtype``: two engines, each with these settings and its own copy of the weights."""
     threads: Positive = 1
 
 
@@ -284,6 +300,12 @@ class Experiment(_Value):
                 self._measures("loss", f"{where} raises its share of student text by", "set schedule.step to 0")
             if stage.keep != "last":
                 self._measures(stage.keep, f"stages.{index} keeps the best weights by", "set keep to last")
+        teachers = self.teachers
+        if teachers.backend == "vllm" and teachers.gpus and self.mixes() and teachers.engine.memory > MEMORY_OF_TWO:
+            raise ValueError(
+                f"teachers.engine.memory {teachers.engine.memory:g} is taken twice, by the engine that scores and the one that "
+                f"writes; lower it to {MEMORY_OF_TWO:g}, or set teachers.backend to transformers"
+            )
         if self.learner.ranks > min(stage.batch_size for stage in self.stages):
             raise ValueError(
                 f"learner.ranks {self.learner.ranks} is more than the smallest batch_size of the stages; use fewer ranks"

@@ -13,7 +13,8 @@ from typing import Any
 
 import ray
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.logging import disable_progress_bar
 
 from raykd.actors import ModelFacts
@@ -106,7 +107,35 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
                 f"max_prompt {experiment.max_prompt} + max_response {experiment.max_response} = {experiment.max_length} tokens, "
                 f"but {role}.path {model.path} takes at most {limit}; lower one of the two"
             )
+        _check_engines(role, model, config, experiment)
     return tokenizer
+
+
+def _check_engines(role: str, model: Model, config: PreTrainedConfig, experiment: Experiment) -> None:
+    """Raises ValueError where the programs that are to run a model cannot."""
+    replicas = experiment.rollout if role == "student" else experiment.teachers
+    parts, heads = replicas.engine.tensor_parallel, getattr(config, "num_attention_heads", None)
+    if heads and heads % parts:
+        raise ValueError(
+            f"{role}.path {model.path} has {heads} attention heads, engine.tensor_parallel {parts} does not divide them"
+        )
+    quantised = getattr(config, "quantization_config", None)
+    if quantised and role == "student":
+        raise ValueError(
+            f"student.path {model.path} is quantised ({_method(quantised)}): it cannot be trained; name its original"
+        )
+    if quantised and experiment.teachers.backend == "transformers":
+        try:
+            AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment()
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"teacher.path {model.path} is quantised ({_method(quantised)}), and transformers cannot read it: {error}; "
+                "set teachers.backend to vllm"
+            ) from error
+
+
+def _method(quantised: Any) -> str:
+    return str(quantised["quant_method"] if isinstance(quantised, dict) else quantised.quant_method)
 
 
 def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:

@@ -83,6 +83,7 @@ def test_bad_input_is_named_with_its_field_and_a_remedy(
         ("--teacher.path", other_tokenizer(tmp_path / "other")): ["different tokenizers", "choose a pair that shares one"],
         ("--max-response", "40"): ["max_prompt 32 + max_response 40 = 72", "at most 64", "lower one"],
         ("--learner.ranks", "9"): ["learner.ranks 9 is more than the smallest batch_size", "use fewer ranks"],
+        ("--teachers.engine.tensor-parallel", "2"): ["teacher.path", "1 attention heads", "tensor_parallel 2 does not divide"],
         ("--stages.0.steps", "0"): ["stages.0", "steps", "greater than or equal to 1"],
         ("--stepps", "3"): ["--stepps"],
     }
@@ -90,6 +91,17 @@ def test_bad_input_is_named_with_its_field_and_a_remedy(
         said = complaint(capsys, monkeypatch, base, *options)
         for part in expected:
             assert part in said, f"{options}: {said}"
+
+
+def test_a_quantised_model_is_refused_where_it_cannot_be_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    base = experiment(tmp_path / "runs")
+    packed = Model(path=base.student.path, scratch=LLAMA | {"quantization_config": {"quant_method": "awq", "bits": 4}})
+    said = complaint(capsys, monkeypatch, base.model_copy(update={"student": packed}))
+    assert "is quantised (awq): it cannot be trained; name its original" in said
+    said = complaint(capsys, monkeypatch, base.model_copy(update={"teacher": packed}))
+    assert "is quantised (awq), and transformers cannot read it" in said and "set teachers.backend to vllm" in said
 
 
 @pytest.mark.stack

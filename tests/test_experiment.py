@@ -4,7 +4,17 @@ import pytest
 from pydantic import ValidationError
 
 from raykd.algorithms import GKD, KD, SFT, MiniLLM
-from raykd.experiment import EvaluationConfig, Experiment, LearnerConfig, Model, Optimiser, RolloutConfig, Stage, TeacherConfig
+from raykd.experiment import (
+    EngineConfig,
+    EvaluationConfig,
+    Experiment,
+    LearnerConfig,
+    Model,
+    Optimiser,
+    RolloutConfig,
+    Stage,
+    TeacherConfig,
+)
 from raykd.prompts import Documents, Pairs
 from raykd.train import learning_rate
 
@@ -74,6 +84,22 @@ def test_rollouts_that_would_never_be_learned_from_are_refused():
         Stage(algorithm=MiniLLM(rollouts=100), steps=1, batch_size=64)
     with pytest.raises(ValidationError, match="samples_per_prompt 3 does not divide"):
         Stage(algorithm=GKD(), steps=1, batch_size=8, samples_per_prompt=3)
+
+
+@pytest.mark.parametrize("replicas", [RolloutConfig, TeacherConfig])
+def test_a_tensor_parallel_engine_has_a_gpu_for_each_process(replicas: type[RolloutConfig | TeacherConfig]):
+    with pytest.raises(ValidationError, match=r"engine.tensor_parallel 4 takes as many GPUs, gpus gives a replica 2"):
+        replicas(gpus=2, engine=EngineConfig(tensor_parallel=4))
+    replicas(engine=EngineConfig(tensor_parallel=2))  # processes on a CPU
+
+
+def test_two_engines_of_a_teacher_fit_on_its_gpu():
+    mixes = (Stage(algorithm=MiniLLM(text_coefficient=0), steps=1, batch_size=256),)
+    half = TeacherConfig(backend="vllm", gpus=1)
+    with pytest.raises(ValidationError, match=r"teachers.engine.memory 0.5 is taken twice.*lower it to 0.45"):
+        experiment(teacher=TEACHER, stages=mixes, teachers=half)
+    experiment(teacher=TEACHER, stages=(Stage(algorithm=KD(), steps=1),), teachers=half)
+    experiment(teacher=TEACHER, stages=mixes, teachers=TeacherConfig(backend="vllm", gpus=1, engine=EngineConfig(memory=0.4)))
 
 
 def test_the_gpus_of_all_fleets_add_up():

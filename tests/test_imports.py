@@ -15,7 +15,7 @@ ROWS = (
     ("payloads", "records", "logprobs"),
     ("divergences", "surrogates", "projection", "packing"),
     ("algorithms", "prompts", "replay", "weights", "tracking", "usage", "experiment"),
-    ("collate", "rank", "student"),
+    ("collate", "rank", "student", "engine"),
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "planning", "report"),
     ("workers", "phases", "validation", "train"),
@@ -26,7 +26,7 @@ STRANGERS = {"rollout", "teacher", "reward", "learner"}
 
 HOMES = {
     "ray": {"actors", "fleet", "workers", "replay", "run"},
-    "vllm": {"rollout", "teacher"},
+    "vllm": {"engine", "rollout", "teacher"},
     "deepspeed": {"learner"},
     "wandb": {"tracking"},
 }

@@ -24,7 +24,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 def make_model(kind: str, fields: dict[str, Any]) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **fields)
+    config = AutoConfig.for_model(kind.split()[0], **fields)
     for name in dropout_rates(config):
         setattr(config, name, 0.0)
     return AutoModelForCausalLM.from_config(config).double()

@@ -47,12 +47,22 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "word_embed_proj_dim": 32,
         "max_position_embeddings": 64,
     },
+    "opt projected": {  # as OPT-350m: states are projected to the width of the embeddings after the last layer
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": VOCAB,
+        "word_embed_proj_dim": 16,
+        "do_layer_norm_before": False,
+        "max_position_embeddings": 64,
+    },
 }
 
 
 def saved_model(folder: Path, kind: str, fields: dict[str, Any]) -> str:
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.split()[0], **fields)).save_pretrained(folder)
     return str(folder)
 
 

@@ -40,7 +40,7 @@ def own_logprobs(folder: str, prompt: tuple[int, ...], response: tuple[int, ...]
 
 @pytest.mark.parametrize("batch_tokens", [1, 8, 1000])
 @pytest.mark.parametrize("payload", ["hidden", "logits"])
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "opt projected"])
 def test_scores_are_the_models_own(tmp_path: Path, kind: str, payload: str, batch_tokens: int) -> None:
     folder = saved_model(tmp_path, kind, ARCHITECTURES[kind])
     teacher = make_teacher(folder, payload=payload, batch_tokens=batch_tokens)

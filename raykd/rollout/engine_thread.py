@@ -8,13 +8,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from raykd.engine import STEPPING
 from raykd.rollout.sessions import Piece, Sessions, Written
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
-
-# vLLM keeps the context of a forward pass in a module global: two engines of one process must not step at once.
-_STEPPING = threading.Lock()
 
 
 @dataclass
@@ -78,7 +76,7 @@ class EngineThread:
 
     def _run(self, build: "Callable[[], LLMEngine]", ready: Future[None]) -> None:
         try:
-            with _STEPPING:
+            with STEPPING:
                 engine = build()
                 self._sessions = Sessions(engine)
         except BaseException as error:
@@ -88,14 +86,14 @@ class EngineThread:
         failure: BaseException = RuntimeError("it was closed")
         try:
             while self._receive():
-                with _STEPPING:
+                with STEPPING:
                     self._admit(engine)
                     outputs = engine.step() if self._running else []
                 self._deliver(outputs)
         except BaseException as error:  # whatever ends this thread, no caller may wait for ever
             failure = error
         self._fail(failure)
-        with _STEPPING:
+        with STEPPING:
             engine.engine_core.shutdown()
 
     def _receive(self) -> bool:

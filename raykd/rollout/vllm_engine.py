@@ -1,13 +1,11 @@
 """One vLLM engine: token ids in, token ids and log-probs out, weights replaced in place."""
 
 import asyncio
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from raykd.engine import prepare, start
 from raykd.rollout.config import EngineSettings
 from raykd.rollout.engine_thread import EngineThread
 from raykd.rollout.requests import Completion
@@ -16,13 +14,8 @@ from raykd.weights import Bucket, WeightUpdate, verify
 if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
 
-# vLLM on CPU replaces torch.set_num_threads by a function that does nothing; this is the real one.
-_set_num_threads = torch.set_num_threads
-
 CPU_SAMPLER = "raykd_seed_and_temperature"
 """In a request's ``extra_args``, whose own temperature is 0: ``cpu_sampler`` draws its tokens, and makes each the argmax."""
-CPU_BLOCK_SIZE = 32
-"""Tokens in a block of the KV cache on CPU: the smallest its kernels take, so that most of a prefix is found cached."""
 
 
 class VllmEngine:
@@ -145,50 +138,25 @@ class VllmEngine:
 
 
 def start_engine(model: str, config: EngineSettings) -> "LLMEngine":
-    """Start vLLM in the calling thread; tensor-parallel workers get processes of their own."""
-    defaults = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler runs in our thread
-    from vllm import EngineArgs, LLMEngine
+    """Start vLLM in the calling thread, ready for new weights."""
+    prepare()
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
 
     from raykd.rollout.weight_receiver import BACKEND, WorkerExtension
 
-    on_cpu: dict[str, Any] = {}
+    arguments: dict[str, Any] = {
+        "generation_config": "vllm",
+        "hf_overrides": {"head_dtype": "float32"},  # log-probs as exact as the learner's, whatever the dtype of the layers
+        "max_model_len": config.max_length,
+        "seed": config.seed,
+        "logprobs_mode": "raw_logprobs",
+        "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+    }
     if current_platform.is_cpu():
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # replicas share the cores as the scheduler sees fit
-        os.environ.setdefault("OMP_NUM_THREADS", str(config.threads))  # for tensor-parallel workers
-        _set_num_threads(config.threads)
-        kv_cache_bytes = int(config.cpu_cache_gib * 2**30)
-        on_cpu = {
-            "enforce_eager": True,
-            "block_size": CPU_BLOCK_SIZE,
-            "kv_cache_memory_bytes": kv_cache_bytes,
-            "logits_processors": ["raykd.rollout.cpu_sampler:SoftmaxSampler"],
-        }
-    arguments = EngineArgs(
-        model=model,
-        skip_tokenizer_init=True,
-        generation_config="vllm",
-        hf_overrides={"head_dtype": "float32"},  # log-probs as exact as the learner's, whatever the dtype of the layers
-        dtype=config.dtype,
-        max_model_len=config.max_length,
-        max_num_seqs=config.max_sequences,
-        seed=config.seed,
-        tensor_parallel_size=config.tensor_parallel,
-        distributed_executor_backend="uni" if config.tensor_parallel == 1 else "mp",
-        gpu_memory_utilization=config.memory,
-        enable_prefix_caching=True,
-        logprobs_mode="raw_logprobs",
-        disable_log_stats=True,
-        use_tqdm_on_load=False,
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-        worker_extension_cls=f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
-        **on_cpu,
-    )
-    engine = LLMEngine.from_engine_args(arguments)
+        arguments["logits_processors"] = ["raykd.rollout.cpu_sampler:SoftmaxSampler"]
+    engine = start(model, config, arguments)
     engine.collective_rpc("init_weight_transfer_engine", args=({"vocab_size": config.vocab_size},))
     return engine
 

@@ -27,7 +27,7 @@ from raykd.rollout.load_plan import LoadPlan, Recorder
 from raykd.weights import Bucket, unpack
 
 if current_platform.is_cpu():
-    import raykd.rollout.small_heads  # noqa: F401  (registers the attention back end)
+    import raykd.engine.small_heads  # noqa: F401  (registers the attention back end)
 
 BACKEND = "raykd-buckets"
 

@@ -67,3 +67,7 @@ class SmallHeadBackend(CPUAttentionBackend):
     def get_impl_cls() -> type[CPUAttentionBackendImpl]:
         """The implementation that widens."""
         return SmallHeadImpl
+
+
+class WorkerExtension:
+    """Named in an engine's arguments so that every worker process imports this module."""

@@ -1,0 +1,66 @@
+"""The teacher's output head: of a model at hand, or read from its checkpoint alone."""
+
+from dataclasses import replace
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from raykd.projection import Head
+from raykd.student import logit_scale_and_softcap
+
+WEIGHTS = "model.safetensors"
+PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+REMEDY = "use a checkpoint whose head is not quantised"
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """The head of a Hugging Face causal language model, with the scale and soft-cap of its architecture."""
+    output = model.get_output_embeddings()
+    if output is None:
+        raise ValueError(f"teacher architecture {model.config.model_type} has no linear head; it cannot send hidden states")
+    scale, softcap = logit_scale_and_softcap(model.config)
+    bias = None if getattr(output, "bias", None) is None else output.bias.detach()
+    return Head(weight=output.weight.detach(), bias=bias, scale=scale, softcap=softcap)
+
+
+def head_in_checkpoint(model: str, dtype: torch.dtype) -> Head:
+    """The same without the body, which is never loaded; ValueError where the checkpoint has no plain numbers for it.
+
+    Quantised checkpoints leave the head as it was unless they say otherwise: the distribution is that head's, of the quantised
+    body's states, as everybody computes it who serves such a checkpoint.
+    """
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    head, output = head_of(empty), empty.get_output_embeddings()
+    weight, bias = (_stored(model, empty, getattr(output, part, None), dtype) for part in ("weight", "bias"))
+    if weight is None or weight.shape != head.weight.shape:
+        raise ValueError(f"teacher {model}: its configuration and its checkpoint disagree about the shape of its head")
+    return replace(head, weight=weight, bias=bias)
+
+
+def _stored(model: str, empty: PreTrainedModel, parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A parameter's value, under any of its names: a tied head has the embedding's."""
+    if parameter is None:
+        return None
+    names = [name for name, own in empty.named_parameters(remove_duplicate=False) if own is parameter]
+    for path in _files(model):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118  (it is no dictionary)
+                if key in names or f"{empty.base_model_prefix}.{key}" in names:
+                    tensor = file.get_tensor(key)
+                    if tensor.dtype not in PLAIN:
+                        raise ValueError(f"teacher {model}: its head is quantised ({key} is {tensor.dtype}); {REMEDY}")
+                    return tensor.to(dtype)
+    raise ValueError(f"teacher {model}: no tensor of its checkpoint is its head ({' or '.join(names)}); {REMEDY}")
+
+
+def _files(model: str) -> list[str]:
+    """The checkpoint's files, on this machine."""
+    if index := cached_file(model, f"{WEIGHTS}.index.json", _raise_exceptions_for_missing_entries=False):
+        return get_checkpoint_shard_files(model, index)[0] or []
+    if whole := cached_file(model, WEIGHTS, _raise_exceptions_for_missing_entries=False):
+        return [whole]
+    raise ValueError(f"teacher {model} has no {WEIGHTS}; save it as safetensors, or set teachers.backend to transformers")
