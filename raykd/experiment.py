@@ -210,6 +210,18 @@ class ClassifierReward(_Value):
 RewardConfig = Annotated[FunctionReward | ClassifierReward, Field(discriminator="kind")]
 
 
+class LoRA(_Value):
+    """Low-rank adaptation (arXiv 2106.09685): of a layer's weight W + (alpha / rank) B A, only A and B are learned."""
+
+    rank: int = Field(default=0, ge=0)
+    """Of the update of each adapted layer, e.g. 16; 0 learns all weights and no adapters."""
+    alpha: float = Field(default=64.0, gt=0)
+    """That of DistiLLM's public code, for rank 16."""
+    targets: tuple[str, ...] = ()
+    """Linear layers to adapt, by the last part of their names, e.g. q_proj and v_proj; none named: all but the head, as
+    QLoRA found necessary (arXiv 2305.14314, section 4)."""
+
+
 class LearnerConfig(_Value):
     """DeepSpeed ranks."""
 
@@ -222,6 +234,7 @@ class LearnerConfig(_Value):
     """Sequences of one forward and backward pass on one rank."""
     chunk: Positive = 1024
     """Positions whose distributions exist at the same time."""
+    lora: LoRA = LoRA()
     activation_checkpointing: bool = False
     offload_optimiser: bool = False
     threads: Positive = 1

@@ -69,6 +69,7 @@ class Learner:
             teacher_head=None if teacher_head is None else _on(teacher_head, self.device),
             sharded=zero_stage(config) == 3,
             activation_checkpointing=config.activation_checkpointing,
+            lora=config.lora,
         )
         self._optimiser, self._skipped_in_a_row = Optimiser(), 0
         self._sharded_optimiser: Any = None
@@ -82,7 +83,7 @@ class Learner:
         with redirect_stdout(None):  # its bfloat16 optimiser prints the memory use
             engine, *_ = deepspeed.initialize(model=self._student, optimizer=adam, config=deepspeed_config(config))
         self._engine: Any = engine  # DeepSpeed has no usable annotations
-        self._state = self._student.model.state_dict(keep_vars=True)
+        self._state = self._student.state()
         self._sharded_optimiser = engine.optimizer if zero_stage(config) else None
 
     def begin(self, optimiser: Optimiser) -> None:
@@ -154,7 +155,7 @@ class Learner:
             tag=tag,
             client_state={"optimiser": self._optimiser.model_dump()},
             save_latest=False,
-            exclude_frozen_parameters=True,  # the teacher's head
+            exclude_frozen_parameters=True,  # the teacher's head, and what adapters are added to
         )
         dist.barrier()
         if self.rank == 0:
@@ -255,7 +256,8 @@ class Learner:
 
     def _layout(self) -> dict[str, Any]:
         """What a checkpoint depends on."""
-        return {"ranks": self.config.ranks, "zero_stage": zero_stage(self.config), "dtype": self.config.dtype}
+        layout = {"ranks": self.config.ranks, "zero_stage": zero_stage(self.config), "dtype": self.config.dtype}
+        return layout | ({"lora": self.config.lora.model_dump(mode="json")} if self.config.lora.rank else {})
 
     def _gathered(self) -> Iterator[list[tuple[str, Tensor]]]:
         """Parameters and buffers in groups of about ``BUCKET_BYTES``, whole while a group is held; tied ones once."""
@@ -270,8 +272,9 @@ class Learner:
             groups[-1].append(name)
             size += num_bytes
         for group in groups:
-            with self._gather([self._state[name] for name in group if hasattr(self._state[name], "ds_id")]):
-                yield [(name, self._state[name].detach()) for name in group]
+            parts = [part for name in group for part in self._student.parts(name)]
+            with self._gather([part for part in parts if hasattr(part, "ds_id")]):
+                yield [(name, self._student.whole(name)) for name in group]
 
 
 class _Sums:

@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from raykd.actors import ModelFacts
 from raykd.experiment import Experiment, FunctionReward, Model
+from raykd.lora import check_targets
 from raykd.prompts import Data, Documents, PromptStream, eos_id, pack_text, read_rows, tokenise_documents, tokenise_pairs
 from raykd.report import write_report
 from raykd.reward import load_function
@@ -108,6 +109,8 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
                 f"but {role}.path {model.path} takes at most {limit}; lower one of the two"
             )
         _check_engines(role, model, config, experiment)
+        if role == "student" and experiment.learner.lora.rank:
+            check_targets(config, experiment.learner.lora.targets)
     return tokenizer
 
 

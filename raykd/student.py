@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from raykd.algorithms.base import Algorithm
 from raykd.collate import MicroBatch
+from raykd.experiment import LoRA
 from raykd.logprobs import gather
+from raykd.lora import adapt
 from raykd.packing import can_pack, packed, padded
 from raykd.payloads import Probe
 from raykd.projection import Head, Reduce, weighted_loss
@@ -100,6 +102,7 @@ class Student(nn.Module):
         teacher_head: Head | None,
         activation_checkpointing: bool,
         sharded: bool = False,
+        lora: LoRA | None = None,
     ) -> None:
         """``sharded``: ZeRO-3 will spread the parameters over the ranks, the teacher's head among them."""
         super().__init__()
@@ -117,6 +120,8 @@ class Student(nn.Module):
         self._vocab_size, self._chunk = vocab_size, chunk
         self._verify_head(folder)
         self.lay = packed if can_pack(self.model) else padded
+        self._state = self.model.state_dict(keep_vars=True)
+        self._adapters = adapt(self.model, lora) if lora is not None and lora.rank else {}
         if activation_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
         self.train()
@@ -136,6 +141,19 @@ class Student(nn.Module):
             chunk=self._chunk,
         )
         return loss, {name: value / max(1, micro.batch.totals.tokens) for name, value in sums.items()}
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's parameters and buffers under their Hugging Face names, without adapters."""
+        return self._state
+
+    def parts(self, name: str) -> list[Tensor]:
+        """What one of them is made of: itself and, where the layer is adapted, its adapter's."""
+        return [self._state[name], *(self._adapters[name].parameters() if name in self._adapters else ())]
+
+    def whole(self, name: str) -> Tensor:
+        """One of them as it leaves the learner, merged with its adapter; valid while its parts are gathered."""
+        tensor = self._state[name].detach()
+        return self._adapters[name].merged(tensor) if name in self._adapters else tensor
 
     @contextmanager
     def saved_config(self) -> Iterator[None]:

@@ -84,6 +84,10 @@ def test_bad_input_is_named_with_its_field_and_a_remedy(
         ("--max-response", "40"): ["max_prompt 32 + max_response 40 = 72", "at most 64", "lower one"],
         ("--learner.ranks", "9"): ["learner.ranks 9 is more than the smallest batch_size", "use fewer ranks"],
         ("--teachers.engine.tensor-parallel", "2"): ["teacher.path", "1 attention heads", "tensor_parallel 2 does not divide"],
+        ("--learner.lora.rank", "4", "--learner.lora.targets", "q_proj", "query"): [
+            "learner.lora.targets: llama has no linear layers named query that can be adapted",
+            "it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+        ],
         ("--stages.0.steps", "0"): ["stages.0", "steps", "greater than or equal to 1"],
         ("--stepps", "3"): ["--stepps"],
     }
@@ -115,10 +119,10 @@ def test_more_gpus_than_the_cluster_has_are_refused_before_any_actor_starts(
 def test_show_prints_the_experiment_with_the_options_applied(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("sys.argv", ["experiment.py", "--show", "--stages.0.steps", "7", "--learner.zero-stage", "3"])
+    monkeypatch.setattr("sys.argv", ["experiment.py", "--show", "--stages.0.steps", "7", "--learner.lora.rank", "16"])
     cli.main(experiment(tmp_path))
     shown = Experiment.model_validate_json(capsys.readouterr().out)
-    assert shown.stages[0].steps == 7 and shown.learner.zero_stage == 3
+    assert shown.stages[0].steps == 7 and shown.learner.lora.rank == 16
 
 
 def test_a_scale_replaces_the_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):

@@ -15,7 +15,7 @@ ROWS = (
     ("payloads", "records", "logprobs"),
     ("divergences", "surrogates", "projection", "packing"),
     ("algorithms", "prompts", "replay", "weights", "tracking", "usage", "experiment"),
-    ("collate", "rank", "student", "engine"),
+    ("collate", "rank", "lora", "student", "engine"),
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "planning", "report"),
     ("workers", "phases", "validation", "train"),
