@@ -195,7 +195,8 @@ def make_learner(rank: int, port: int, folder: Path, config: LearnerConfig, tied
 
 def train_case(rank: int, ranks: int, stage: ZeroStage, tied: bool, port: int, folder: Path) -> dict[str, Any]:
     head, rows = all_rows()
-    config = LearnerConfig(ranks=ranks, zero_stage=stage, dtype="float32", micro_batch=2, chunk=3, activation_checkpointing=tied)
+    savings: dict[str, Any] = {"activation_checkpointing": tied, "offload_optimiser": stage >= 2 and not tied}
+    config = LearnerConfig(ranks=ranks, zero_stage=stage, dtype="float32", micro_batch=2, chunk=3, **savings)
     learner = make_learner(rank, port, folder, config, tied, head)
     found: dict[str, Any] = {"metrics": []}
     for algorithm in ALGORITHMS:
