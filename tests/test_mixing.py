@@ -159,6 +159,12 @@ def test_the_student_alone_samples_at_the_temperature_asked_for():
             assert rollout.student_logprobs == pytest.approx([q[rollout.tokens[0]].log().item()], abs=1e-4)
 
 
+def test_what_both_write_is_sampled_at_temperature_1_or_refused():
+    student, teacher = worker(folder("tiny-q")), worker(folder("tiny-p")).engine
+    with pytest.raises(ValueError, match=r"temperature must be 1 .* got 0\.5"):
+        wait(student.generate([replace(request, temperature=0.5) for request in requests(2)], SHARE, 8, teacher))
+
+
 @pytest.mark.parametrize(("share", "source"), [(0.0, Source.STUDENT), (0.2, Source.MIXED), (1.0, Source.TEACHER)])
 def test_student_logprobs_of_every_token_are_those_of_hugging_face(share, source):
     for rollout in wait(worker(STORIES).generate(requests(8, prompt=(1, 403, 407)), share, 60, worker(folder("teacher")).engine)):

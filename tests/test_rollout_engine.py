@@ -107,7 +107,7 @@ def test_more_prompt_tokens_than_one_step_takes_are_written_as_if_alone():
 
 
 def test_tokens_are_drawn_from_the_whole_softmax():
-    from raykd.rollout.cpu_sampler import BLOCK, draw_  # needs vLLM, which only some tests start
+    from raykd.rollout.cpu_sampler import BLOCK, draw, exponentiate_  # needs vLLM, which only some tests start
 
     for vocab_size in (BLOCK - 7, 2 * BLOCK, 3 * BLOCK + 5):
         logits = 3 * torch.randn(vocab_size, generator=torch.Generator().manual_seed(0))
@@ -115,9 +115,11 @@ def test_tokens_are_drawn_from_the_whole_softmax():
         law = logits.double().softmax(-1)
         middles = law.cumsum(-1) - law / 2
         likely = law > 1e-6
-        drawn = draw_(logits.repeat(int(likely.sum()), 1), middles[likely])
+        largest, weights = exponentiate_(logits[None].clone())
+        drawn, sums = draw(weights.expand(int(likely.sum()), -1), middles[likely])
         assert drawn.tolist() == likely.nonzero()[:, 0].tolist()
-        ends = draw_(logits.repeat(2, 1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+        torch.testing.assert_close((largest + sums.log())[:, 0], logits.logsumexp(-1).expand(len(drawn)))
+        ends, _ = draw(weights.expand(2, -1), torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
         assert (law[ends] > 0).all()
 
 

@@ -5,6 +5,7 @@ zeros appended to v give output columns that are cut away. Heads of a supported 
 """
 
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 
+@cache
 def kernel_width(head_size: int) -> int:
     """The smallest head width the CPU kernel has that is at least ``head_size``."""
     widths = [width for width in CPUAttentionBackend.get_supported_head_sizes() if width >= head_size]
@@ -27,7 +29,8 @@ class SmallHeadImpl(CPUAttentionBackendImpl):
     """CPU attention over a KV cache whose heads are padded to the kernel's width."""
 
     def _widen(self, heads: Tensor) -> Tensor:
-        return pad(heads, (0, kernel_width(self.head_size) - self.head_size))
+        missing = kernel_width(self.head_size) - self.head_size
+        return pad(heads, (0, missing)) if missing else heads
 
     def forward(
         self,

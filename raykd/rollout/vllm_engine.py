@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
 
 CPU_SAMPLER = "raykd_seed_and_temperature"
-"""In a request's ``extra_args``, whose own temperature is 0: ``cpu_sampler`` draws its tokens, and makes each the argmax."""
+"""In a request's ``extra_args``, for ``cpu_sampler``: temperature 0 takes the most likely token."""
 
 
 class VllmEngine:
@@ -103,12 +103,14 @@ class VllmEngine:
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind
 
-        drawn_here = current_platform.is_cpu() and not greedy
+        if greedy:
+            temperature = 0.0
+        on_cpu = current_platform.is_cpu()
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=0.0 if greedy or drawn_here else temperature,
+            temperature=0.0 if on_cpu else temperature,  # of vLLM's sampler, which would keep a generator for each seed
             seed=seed,
-            extra_args={CPU_SAMPLER: (seed, temperature)} if drawn_here else None,
+            extra_args={CPU_SAMPLER: (seed, temperature)} if on_cpu else None,
             logprobs=0 if asked is None else None,
             logprob_token_ids=None if asked is None else [asked],
             flat_logprobs=True,
@@ -155,9 +157,14 @@ def start_engine(model: str, config: EngineSettings) -> "LLMEngine":
         "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
     }
     if current_platform.is_cpu():
-        arguments["logits_processors"] = ["raykd.rollout.cpu_sampler:SoftmaxSampler"]
+        from raykd.rollout.cpu_norms import PROVIDER
+
+        if config.tensor_parallel == 1:  # other processes ask for the provider before they could import it
+            arguments["ir_op_priority"] = {"rms_norm": [PROVIDER], "fused_add_rms_norm": [PROVIDER]}
     engine = start(model, config, arguments)
     engine.collective_rpc("init_weight_transfer_engine", args=({"vocab_size": config.vocab_size},))
+    if current_platform.is_cpu():
+        engine.collective_rpc("sample_by_seed")
     return engine
 
 

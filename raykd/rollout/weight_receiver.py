@@ -109,6 +109,14 @@ class BucketReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 class WorkerExtension:
     """Named in the engine's arguments so that every worker process imports this module."""
 
+    model_runner: Any
+
+    def sample_by_seed(self) -> None:
+        """Put our sampler in the place of vLLM's."""
+        from raykd.rollout.cpu_sampler import SoftmaxSampler
+
+        self.model_runner.sampler = SoftmaxSampler(self.model_runner)
+
 
 def _refuse_missing(names: list[str]) -> None:
     if names:

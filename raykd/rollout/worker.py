@@ -36,6 +36,8 @@ class RolloutWorker:
             raise ValueError(f"teacher_share must be within [0, 1], got {teacher_share}")
         if teacher_share > 0 and teacher is None:
             raise ValueError(f"teacher_share is {teacher_share} but no teacher was given to write with")
+        if teacher_share > 0 and (other := [request.temperature for request in requests if request.temperature != 1]):
+            raise ValueError(f"temperature must be 1 where the teacher writes (teacher_share {teacher_share}), got {other[0]}")
         async with self._generating():
             responses = [self._write(request, teacher_share, max_tokens, teacher) for request in requests]
             writing = [asyncio.ensure_future(response) for response in responses]
