@@ -24,7 +24,7 @@ from rich.table import Table
 
 from raykd.payloads import payload_bytes
 from raykd.records import Scores
-from raykd.weights import checksum
+from raykd.sharing import checksum
 
 WIDTH, DTYPE, PROBE_BYTES = 5120, torch.bfloat16, 8
 VOCABULARIES = (32_000, 151_936)

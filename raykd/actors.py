@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import socket
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raykd.algorithms.base import Needs
 from raykd.experiment import EngineConfig, LearnerConfig, Optimiser, RewardConfig, TeacherConfig
 from raykd.records import Rollout
 from raykd.rollout.config import EngineSettings
-from raykd.weights import WeightUpdate
+from raykd.weights import Bucket, WeightUpdate
 
 GATHERING_S = 0.001
 """How long a message to a teacher engine waits for more turns."""
@@ -47,7 +48,8 @@ class _Replica:
     """What RLlib's actor manager asks of an actor."""
 
     async def ping(self) -> str:
-        return "pong"
+        """The node it is on."""
+        return ray.get_runtime_context().get_node_id()
 
     async def apply(self, func: Callable[..., Any], **kwargs: Any) -> Any:
         result = func(self, **kwargs)
@@ -69,8 +71,23 @@ class RolloutActor(_Replica):
         return await self._worker.generate(requests, teacher_share=teacher_share, max_tokens=max_tokens, teacher=writer)
 
     async def load(self, update: WeightUpdate) -> int:
-        buckets = await asyncio.gather(*update.buckets)  # views into the node's object store, not copies
-        return await self._worker.load(replace(update, buckets=tuple(buckets)), fetch=lambda bucket: bucket)
+        buckets = [await bucket if isinstance(bucket, ray.ObjectRef) else bucket for bucket in update.buckets]
+        return await self._worker.load(replace(update, buckets=tuple(buckets)))
+
+
+def within_reach(update: WeightUpdate, nodes: Collection[str]) -> WeightUpdate:
+    """The update for replicas on ``nodes``: through Ray's object store if the learner's memory is out of reach of one."""
+    if set(nodes) <= {update.node}:
+        return update
+    there = NodeAffinitySchedulingStrategy(update.node, soft=False)
+    read: Any = ray.remote(_read).options(num_cpus=0, num_returns=1 + len(update.buckets), scheduling_strategy=there)
+    _, *references = read.remote(update.buckets)  # the first is there because Ray makes no list of a single one
+    return replace(update, buckets=tuple(references))
+
+
+def _read(buckets: Sequence[Bucket]) -> list[Bucket | None]:
+    """A task on the learner's node."""
+    return [None, *(replace(bucket, place=bucket.data) for bucket in buckets)]
 
 
 class TeacherActor(_Replica):
@@ -206,8 +223,9 @@ class LearnerActor:
     def evaluate(self, terms: Sequence[Any]) -> dict[str, float]:
         return self._learner.evaluate(terms)
 
-    def publish(self, version: int) -> WeightUpdate | None:
-        return self._learner.publish(version, ray.put)
+    def publish(self, version: int, held: Collection[int]) -> WeightUpdate | None:
+        update = self._learner.publish(version, held)
+        return update and replace(update, node=ray.get_runtime_context().get_node_id())
 
     def save(self, folder: Path) -> None:
         self._learner.save(folder)

@@ -3,7 +3,7 @@
     learner = Learner(folder, config=config, rank=rank, address=address, vocab_size=V, pad_id=0, teacher_head=head, fetch=ray.get)
     learner.begin(optimiser)                                # a stage: AdamW starts afresh
     metrics = learner.step(terms, learning_rate)            # terms: list of LossTerm, this rank's rows
-    update = learner.publish(version, put=ray.put)          # a WeightUpdate on rank 0, None elsewhere
+    update = learner.publish(version)                       # a WeightUpdate on rank 0, None elsewhere
     learner.save(folder); learner.restore(folder); learner.save_student(folder); learner.close()
 
 Every verb is collective: all ranks call it, in the same order. Importing this module does not import DeepSpeed.
@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from raykd.projection import Head
 from raykd.rank import SteadyAdamW, connect, deepspeed_config, zero_stage
 from raykd.records import Row
 from raykd.student import Student
-from raykd.weights import Bucket, WeightUpdate, pack
+from raykd.weights import Shelves, WeightUpdate
 
 BUCKET_BYTES = 256 << 20
 """Parameters gathered at a time when weights leave a sharded learner."""
@@ -73,6 +73,7 @@ class Learner:
         )
         self._optimiser, self._skipped_in_a_row = Optimiser(), 0
         self._sharded_optimiser: Any = None
+        self._shelves = Shelves()
         import deepspeed
 
         if self.device.type == "cpu":  # its shared-memory collectives need a compiler, and hang between ranks on different nodes
@@ -130,18 +131,16 @@ class Learner:
             metrics.add(_prefix(terms, term), term_metrics, loss * term.weight)
         return metrics.values()
 
-    def publish(self, version: int, put: Callable[[Bucket], Any]) -> WeightUpdate | None:
-        """Hand the weights on in buckets, under their Hugging Face names, tied ones once; all ranks gather, rank 0 puts.
-
-        ``put`` keeps a copy: the bucket shows the learner's own memory.
-        """
-        references, num_bytes = [], 0
-        for named_tensors in self._gathered():
-            if self.rank == 0:
-                for bucket in pack(named_tensors):
-                    references.append(put(bucket))
-                    num_bytes += bucket.bytes
-        return WeightUpdate(version=version, buckets=tuple(references), bytes=num_bytes) if self.rank == 0 else None
+    def publish(self, version: int, held: Collection[int] = ()) -> WeightUpdate | None:
+        """Copy the weights to memory that this node shares, under their Hugging Face names, tied ones once; all ranks gather,
+        rank 0 copies. The versions ``held`` stay what they are, others may be written over."""
+        groups = self._gathered()
+        if self.rank == 0:
+            sizes = [_bytes(self._state[name]) for name in self._distinct()]
+            return self._shelves.publish(version, groups, sizes, held)
+        for _ in groups:
+            pass
+        return None
 
     def save(self, folder: Path | str) -> None:
         """Weights and optimiser state of every rank. The folder's ``latest`` names the new checkpoint only once all of it is
@@ -259,12 +258,16 @@ class Learner:
         layout = {"ranks": self.config.ranks, "zero_stage": zero_stage(self.config), "dtype": self.config.dtype}
         return layout | ({"lora": self.config.lora.model_dump(mode="json")} if self.config.lora.rank else {})
 
+    def _distinct(self) -> list[str]:
+        """Names of parameters and buffers, of tied ones the first."""
+        first_names = {id(tensor): name for name, tensor in reversed(self._state.items())}
+        return [*reversed(first_names.values())]
+
     def _gathered(self) -> Iterator[list[tuple[str, Tensor]]]:
         """Parameters and buffers in groups of about ``BUCKET_BYTES``, whole while a group is held; tied ones once."""
-        first_names = {id(tensor): name for name, tensor in reversed(self._state.items())}
         groups: list[list[str]] = [[]]
         size = 0
-        for name in reversed(first_names.values()):
+        for name in self._distinct():
             num_bytes = _bytes(self._state[name])
             if groups[-1] and size + num_bytes > BUCKET_BYTES:
                 groups.append([])

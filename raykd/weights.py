@@ -1,31 +1,36 @@
-"""Learner -> rollout weights as buckets of tensors: put away by the learner, fetched by each replica, checked on arrival.
+"""Learner -> rollout weights as buckets of tensors: written by the learner, read in place by each replica, checked on arrival.
 
-    learner:  WeightUpdate(version, [put(bucket) for bucket in pack(named_tensors)])      references leave the learner
-    rollout:  for bucket in update.buckets: verify(get(bucket)), then for name, tensor in unpack(bucket): load
+    learner:  update = shelves.publish(version, groups, sizes, held)        a copy in memory that the node shares
+    rollout:  for bucket in update.buckets: verify(bucket), then for name, tensor in unpack(bucket): load
 
-The driver passes the ``WeightUpdate`` on; it holds references and numbers, never a weight.
+The driver passes the ``WeightUpdate`` on; it holds places and numbers, never a weight.
 """
 
+import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from raykd.sharing import Region, Segment, checksum, edition, offsets
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """One named tensor as bytes."""
+    """One named tensor of a bucket."""
 
     name: str
     dtype: str
     """Torch's name of it."""
     shape: tuple[int, ...]
-    data: np.ndarray
-    """[bytes] uint8."""
+    start: int
+    """Of its bytes within the bucket's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,68 +38,98 @@ class Bucket:
     """Some named tensors that travel together."""
 
     tensors: tuple[Packed, ...]
+    place: Region | np.ndarray
+    """Where its bytes lie on the learner's node, or they themselves, ``[bytes]`` uint8."""
+    edition: int
+    """Of the learner's publishes; the bytes begin with it, so that those of another are never taken for these."""
     checksum: int
 
     @property
-    def bytes(self) -> int:
-        """Of all tensors."""
-        return sum(tensor.data.nbytes for tensor in self.tensors)
+    def data(self) -> np.ndarray:
+        """[bytes] uint8, read-only."""
+        return self.place.open() if isinstance(self.place, Region) else self.place
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, weakref_slot=True)
 class WeightUpdate:
-    """A published policy version: references to its buckets."""
+    """A published policy version."""
 
     version: int
     buckets: tuple[Any, ...]
-    """``ray.ObjectRef`` of a ``Bucket`` (or the bucket itself where there is no Ray)."""
+    """``Bucket``, or ``ray.ObjectRef`` of one."""
     bytes: int
+    node: str = ""
+    """Ray's name of the node whose memory the buckets lie in."""
 
 
-def checksum(tensors: Iterable[Packed]) -> int:
-    """Sum of 8-byte words modulo 2**64 over all tensors, at the speed of reading them; the last word may be shorter."""
-    total = 0
-    for tensor in tensors:
-        data = tensor.data
-        num_whole = data.size // 8 * 8
-        total += int(np.add.reduce(data[:num_whole].view(np.uint64), dtype=np.uint64))
-        total += int.from_bytes(data[num_whole:].tobytes(), "little")
-    return total % 2**64
+class Shelves:
+    """Holds published versions in memory that the learner's node shares.
 
-
-def pack(named_tensors: Iterable[tuple[str, Tensor]], bucket_bytes: int = 32 << 20) -> Iterator[Bucket]:
-    """Group tensors into buckets of about ``bucket_bytes``, which caches hold: what is summed up is put away from there.
-
-    On CPU a bucket shows the tensors' own memory: putting it away (``ray.put``) is the one copy that a publish makes here, and
-    has to come before anybody changes or frees them. A tensor larger than a bucket gets one of its own.
+    A version is written over one that nobody needs any more, where there is such; otherwise to new memory.
     """
-    pending: list[Packed] = []
-    size = 0
-    for name, tensor in named_tensors:
-        if pending and size + tensor.nbytes > bucket_bytes:
-            yield Bucket(tensors=tuple(pending), checksum=checksum(pending))
-            pending, size = [], 0
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-        pending.append(Packed(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), data=data))
-        size += tensor.nbytes
-    if pending:
-        yield Bucket(tensors=tuple(pending), checksum=checksum(pending))
+
+    def __init__(self) -> None:
+        self._versions: dict[Segment, int] = {}
+        self._editions = count(1)
+
+    def publish(
+        self,
+        version: int,
+        groups: Iterable[Sequence[tuple[str, Tensor]]],
+        sizes: Collection[int],
+        held: Collection[int] = (),
+    ) -> WeightUpdate:
+        """Copy the named tensors, a bucket a group. ``sizes``: of all, in bytes; ``held``: versions that are to be left alone."""
+        room = sum(offsets([size])[-1] for size in sizes)
+        segment = next((s for s, old in self._versions.items() if old not in held and s.size >= room), None) or Segment(room)
+        self._versions[segment] = version
+        segment.begin()
+        number = next(self._editions)
+        with ThreadPoolExecutor(torch.get_num_threads(), "weights") as pool:
+            buckets = tuple(_pack(group, segment, number, pool) for group in groups)
+        return WeightUpdate(version=version, buckets=buckets, bytes=sum(sizes))
 
 
 def verify(bucket: Bucket) -> None:
-    """Raise ValueError when the bytes are not those packed."""
-    if checksum(bucket.tensors) != bucket.checksum:
-        names = ", ".join(tensor.name for tensor in bucket.tensors[:3])
+    """Raise ValueError when the bytes are not those published."""
+    refuse_overwritten(bucket)
+    if checksum(bucket.data) != bucket.checksum:
+        raise ValueError(f"weights arrived damaged: checksum of {_names(bucket)} differs from the learner's; publish again")
+
+
+def refuse_overwritten(bucket: Bucket) -> None:
+    """Raise ValueError once a later version is being written over this one."""
+    if (found := edition(bucket.data)) != bucket.edition:
         raise ValueError(
-            f"weights arrived damaged: checksum of the bucket holding {names}, ... differs from the learner's; publish again"
+            f"weights were overwritten before they were read: {_names(bucket)} of publish {bucket.edition} gave way to publish "
+            f"{found}; hold an update until every replica has loaded it"
         )
 
 
 def unpack(bucket: Bucket) -> list[tuple[str, Tensor]]:
     """The tensors of a bucket as read-only views into it."""
+    data = bucket.data
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes: the views are read-only
-        return [
-            (tensor.name, torch.frombuffer(tensor.data, dtype=getattr(torch, tensor.dtype)).view(tensor.shape))
-            for tensor in bucket.tensors
-        ]
+        whole = torch.frombuffer(data, dtype=torch.uint8)
+    return [(packed.name, _view(whole, packed)) for packed in bucket.tensors]
+
+
+def _pack(named_tensors: Sequence[tuple[str, Tensor]], segment: Segment, edition: int, pool: ThreadPoolExecutor) -> Bucket:
+    parts = [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, tensor in named_tensors]
+    place, total = segment.write(edition, parts, pool)
+    tensors = tuple(
+        Packed(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), start=start)
+        for (name, tensor), start in zip(named_tensors, offsets(part.size for part in parts), strict=False)
+    )
+    return Bucket(tensors=tensors, place=place, edition=edition, checksum=total)
+
+
+def _view(whole: Tensor, packed: Packed) -> Tensor:
+    dtype = getattr(torch, packed.dtype)
+    size = math.prod(packed.shape) * dtype.itemsize
+    return whole[packed.start : packed.start + size].view(dtype).view(packed.shape)
+
+
+def _names(bucket: Bucket) -> str:
+    return f"the bucket holding {', '.join(packed.name for packed in bucket.tensors[:3])}, ..."

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import ray
 
-from raykd.actors import LearnerActor, ModelFacts, RewardActor, RolloutActor, TeacherActor
+from raykd.actors import LearnerActor, ModelFacts, RewardActor, RolloutActor, TeacherActor, within_reach
 from raykd.algorithms.base import Algorithm, Needs
 from raykd.collate import LossTerm, deal
 from raykd.experiment import Experiment, Optimiser
@@ -60,6 +61,8 @@ class Workers:
         self.rollouts = Fleet("rollout", writers, rollout.engine.deadline_s) if writers else None
         self._update: WeightUpdate | None = None
         self._loaded: WeightUpdate | None = None
+        self._published: WeakSet[WeightUpdate] = WeakSet()
+        """Those that somebody may still load."""
         self._learner_version = 0
         self.usage = Usage([lane for lane, used in (("rollout", writers), ("teacher", scorers), ("learner", ranks)) if used])
         self.replay = ray.remote(ReplayBuffer).options(num_cpus=0).remote(experiment.seed)
@@ -157,10 +160,12 @@ class Workers:
         self.learner.all("begin", optimiser)
 
     def publish(self) -> WeightUpdate | None:
-        """References to the learner's newest weights, None before its first step; the weights do not pass through here."""
+        """Where the learner's newest weights lie, None before its first step; the weights do not pass through here."""
         if self.rollouts is not None and self._learner_version != (self._update.version if self._update else 0):
             with self.usage.measured("publish"):
-                self._update = self.learner.all("publish", self._learner_version)[0]
+                held = {update.version for update in self._published}
+                update = self._update = self.learner.all("publish", self._learner_version, held)[0]
+                self._published.add(update)
         return self._update
 
     def save(self, folder: Path) -> None:
@@ -209,7 +214,8 @@ class Workers:
 
     def _broadcast(self, update: WeightUpdate) -> None:
         assert self.rollouts is not None
-        versions = self.rollouts.broadcast("load", {"update": update})
+        nodes = self.rollouts.broadcast("ping", {})
+        versions = self.rollouts.broadcast("load", {"update": within_reach(update, nodes)})
         if set(versions) != {update.version}:
             raise RuntimeError(f"rollout replicas hold policy versions {versions} after version {update.version} was published")
 

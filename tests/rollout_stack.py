@@ -8,6 +8,7 @@ from collections.abc import Coroutine, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
@@ -15,13 +16,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from raykd.rollout.config import EngineSettings
 from raykd.rollout.vllm_engine import VllmEngine
 from raykd.rollout.worker import RolloutWorker
-from raykd.weights import WeightUpdate, pack
+from raykd.weights import Shelves, WeightUpdate
 
 STORIES = str(Path(os.environ["RAYKD_DATA"]) / "models" / "stories260K")
 STORIES_EOS = 2
 TINY_VOCABULARY, TINY_ROWS, TINY_EOS = 12, 16, 11
 
 _LOOP = asyncio.new_event_loop()
+_LENDERS: WeakKeyDictionary[WeightUpdate, Shelves] = WeakKeyDictionary()
+"""The memory of an update lives as long as the update."""
 
 
 def wait(work: Coroutine[Any, Any, Any]) -> Any:
@@ -101,10 +104,14 @@ def perturbed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     return copy
 
 
-def publish(model: PreTrainedModel, version: int) -> WeightUpdate:
-    """What a learner sends: each parameter once, so no head where it is tied to the embedding."""
-    buckets = tuple(pack(model.named_parameters(), bucket_bytes=100_000))
-    return WeightUpdate(version=version, buckets=buckets, bytes=sum(bucket.bytes for bucket in buckets))
+def publish(model: PreTrainedModel, version: int, shelves: Shelves | None = None) -> WeightUpdate:
+    """What a learner sends: each parameter once, so no head where it is tied to the embedding; four to a bucket."""
+    named = list(model.named_parameters())
+    groups = (named[first : first + 4] for first in range(0, len(named), 4))
+    shelves = shelves or Shelves()
+    update = shelves.publish(version, groups, [tensor.nbytes for _, tensor in named])
+    _LENDERS[update] = shelves
+    return update
 
 
 @cache

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "raykd"
 # Lowest first. A module (or folder) imports from rows below its own, and from its own row without going in circles.
 ROWS = (
     ("payloads", "records", "logprobs"),
-    ("divergences", "surrogates", "projection", "packing"),
-    ("algorithms", "prompts", "replay", "weights", "tracking", "usage", "experiment"),
+    ("divergences", "surrogates", "projection", "packing", "compiled"),
+    ("algorithms", "prompts", "replay", "sharing", "weights", "tracking", "usage", "experiment"),
     ("collate", "rank", "lora", "student", "engine"),
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "planning", "report"),
@@ -29,6 +29,8 @@ HOMES = {
     "vllm": {"engine", "rollout", "teacher"},
     "deepspeed": {"learner"},
     "wandb": {"tracking"},
+    "numba": {"compiled"},
+    "llvmlite": {"compiled"},
 }
 """Where a third party may be imported, at the top of a file or inside a function."""
 

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -231,8 +230,8 @@ def train_case(rank: int, ranks: int, stage: ZeroStage, tied: bool, port: int, f
 
 
 def published(learner: Any) -> dict[str, Tensor]:
-    update = learner.publish(version=1, put=deepcopy)
-    return {} if update is None else {name: tensor for bucket in update.buckets for name, tensor in unpack(bucket)}
+    update = learner.publish(version=1)
+    return {} if update is None else {name: tensor.clone() for bucket in update.buckets for name, tensor in unpack(bucket)}
 
 
 def held_of_teacher(learner: Any) -> tuple[int, int]:

@@ -1,5 +1,4 @@
 import asyncio
-from copy import deepcopy
 from dataclasses import replace
 
 import pytest
@@ -22,7 +21,7 @@ from rollout_stack import (
 from raykd.records import Source
 from raykd.rollout.requests import GenerationRequest, derive_seed
 from raykd.rollout.vllm_engine import VllmEngine
-from raykd.weights import WeightUpdate, checksum
+from raykd.weights import Shelves, WeightUpdate
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("data")]
 
@@ -135,21 +134,21 @@ def test_loaded_weights_take_effect_exactly_and_at_once(model):
     before = [greedy(student.engine, prompt, 40) for prompt in PROMPTS]
     expected_tokens = [reference_greedy(changed, prompt, 40) for prompt in PROMPTS]
     try:
-        assert wait(student.load(publish(changed, version=7), fetch=lambda bucket: bucket)) == 7
+        assert wait(student.load(publish(changed, version=7))) == 7
         assert [greedy(student.engine, prompt, 40) for prompt in PROMPTS] == expected_tokens != before
         for rollout in wait(student.generate(requests(), 0.0, 60)):
             expected = chosen_logprobs(changed, [*rollout.prompt_tokens, *rollout.tokens], len(rollout.prompt_tokens))
             torch.testing.assert_close(torch.tensor(rollout.student_logprobs), expected, atol=1e-4, rtol=0)
             assert rollout.version == 7
-        assert wait(student.load(publish(perturbed(changed, seed=4), version=8), fetch=lambda bucket: bucket)) == 8
+        assert wait(student.load(publish(perturbed(changed, seed=4), version=8))) == 8
         assert [greedy(student.engine, prompt, 40) for prompt in PROMPTS] != expected_tokens
-        assert wait(student.load(publish(changed, version=9), fetch=lambda bucket: bucket)) == 9, "in place, as the one before"
+        assert wait(student.load(publish(changed, version=9))) == 9, "in place, as the one before"
         assert [greedy(student.engine, prompt, 40) for prompt in PROMPTS] == expected_tokens
         layers = range(reference(model).config.num_hidden_layers)
         norms = {f"model.layers.{i}.{name}_layernorm.weight" for i in layers for name in ("input", "post_attention")}
         assert {"model.embed_tokens.weight", "model.norm.weight", *norms} <= set(same_bytes(student.engine, changed))
     finally:
-        wait(student.load(publish(reference(model), version=0), fetch=lambda bucket: bucket))
+        wait(student.load(publish(reference(model), version=0)))
     assert [greedy(student.engine, prompt, 40) for prompt in PROMPTS] == before
 
 
@@ -158,7 +157,7 @@ def test_after_the_first_update_weights_are_copied_in_place_and_nothing_is_misse
     model = model if model == STORIES else folder(model)
     engine, changed = worker(model).engine, perturbed(reference(model), seed=11)
     for version, published in enumerate((changed, reference(model)), start=1):
-        wait(engine.load(publish(published, version), fetch=lambda bucket: bucket))
+        wait(engine.load(publish(published, version)))
 
     def in_place(vllm) -> list[str]:
         plan = vllm.model_executor.driver_worker.worker.weight_transfer_engine.plan
@@ -166,7 +165,7 @@ def test_after_the_first_update_weights_are_copied_in_place_and_nothing_is_misse
 
     assert wait(engine.inspect(in_place)) == sorted(name for name, _ in changed.named_parameters())
     for model_now in (changed, reference(model)):
-        wait(engine.load(publish(model_now, version=3), fetch=lambda bucket: bucket))
+        wait(engine.load(publish(model_now, version=3)))
         for completion in wait(_many(engine, 8)):
             expected = chosen_logprobs(model_now, [1, *completion.tokens], 1)
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
@@ -175,10 +174,11 @@ def test_after_the_first_update_weights_are_copied_in_place_and_nothing_is_misse
 def test_a_damaged_bucket_is_refused_before_any_weight_changes():
     student, update = worker(STORIES), publish(perturbed(reference(STORIES), seed=6), version=9)
     before = greedy(student.engine, PROMPTS[0], 30)
-    damaged = deepcopy(update.buckets[-1])
-    damaged.tensors[0].data[3] ^= 1
+    data = update.buckets[-1].data.copy()
+    data[update.buckets[-1].tensors[0].start + 3] ^= 1
+    damaged = replace(update.buckets[-1], place=data)
     with pytest.raises(ValueError, match="damaged"):
-        wait(student.load(replace(update, buckets=(*update.buckets[:-1], damaged)), fetch=lambda bucket: bucket))
+        wait(student.load(replace(update, buckets=(*update.buckets[:-1], damaged))))
     assert greedy(student.engine, PROMPTS[0], 30) == before
     assert student.version == 0
 
@@ -189,7 +189,7 @@ def test_responses_in_progress_are_finished_by_the_version_that_began_them():
     async def load_meanwhile():
         writing = asyncio.ensure_future(student.generate(requests(), 0.0, 100))
         await asyncio.sleep(0.05)
-        loading = asyncio.ensure_future(student.load(publish(changed, version=3), fetch=lambda bucket: bucket))
+        loading = asyncio.ensure_future(student.load(publish(changed, version=3)))
         while not (student._loading or loading.done()):  # fetching takes as long as it takes
             await asyncio.sleep(0.001)
         later = asyncio.ensure_future(student.generate(requests(), 0.0, 100))
@@ -198,7 +198,7 @@ def test_responses_in_progress_are_finished_by_the_version_that_began_them():
     try:
         first, version, second = wait(load_meanwhile())
     finally:
-        wait(student.load(publish(reference(STORIES), version=0), fetch=lambda bucket: bucket))
+        wait(student.load(publish(reference(STORIES), version=0)))
     assert (version, {r.version for r in first}, {r.version for r in second}) == (3, {0}, {3})
     for rollouts, model in ((first, reference(STORIES)), (second, changed)):
         for rollout in rollouts:
@@ -242,8 +242,8 @@ def test_an_incomplete_update_stops_the_engine_and_every_caller_learns_why():
 
     async def load_and_complete():
         partial = WeightUpdate(version=1, buckets=update.buckets[:1], bytes=0)
-        loading = asyncio.ensure_future(engine.load(partial, fetch=lambda bucket: bucket))
-        await asyncio.sleep(0.01)
+        loading = asyncio.ensure_future(engine.install(partial))
+        await asyncio.sleep(0)  # it has its place in the queue now
         return await asyncio.gather(loading, engine.complete([1, 2], 8, seed=0), return_exceptions=True)
 
     assert len(update.buckets) > 1, "one bucket would be a complete update"
@@ -258,19 +258,33 @@ def test_an_incomplete_update_stops_the_engine_and_every_caller_learns_why():
 def test_an_incomplete_or_misshapen_update_in_place_stops_the_engine_too():
     for wrong in ("missing", "misshapen"):
         engine, update = new_engine(folder("tiny-q")), publish(reference(folder("tiny-q")), version=1)
-        wait(engine.load(update, fetch=lambda bucket: bucket))
+        wait(engine.load(update))
         last = update.buckets[-1].tensors[-1]
         if wrong == "missing":
             buckets = (*update.buckets[:-1], replace(update.buckets[-1], tensors=update.buckets[-1].tensors[:-1]))
         else:
-            shorter = replace(last, shape=(last.shape[0] // 2, *last.shape[1:]), data=last.data[: last.data.size // 2])
+            shorter = replace(last, shape=(last.shape[0] // 2, *last.shape[1:]))
             buckets = (*update.buckets[:-1], replace(update.buckets[-1], tensors=(*update.buckets[-1].tensors[:-1], shorter)))
-        buckets = tuple(replace(bucket, checksum=checksum(bucket.tensors)) for bucket in buckets)
         with pytest.raises(ValueError, match="misses values of 1" if wrong == "missing" else "unlike in the first update"):
-            wait(engine.load(replace(update, buckets=buckets), fetch=lambda bucket: bucket))
+            wait(engine.load(replace(update, buckets=buckets)))
         with pytest.raises(RuntimeError, match="has stopped"):
             wait(engine.complete([1, 2], 8, seed=0))
         engine.close()
+
+
+def test_weights_written_over_while_they_are_installed_stop_the_engine():
+    engine, shelves, model = new_engine(folder("tiny-q")), Shelves(), reference(folder("tiny-q"))
+    stale = publish(model, version=1, shelves=shelves)
+    wait(engine.load(stale))
+    publish(model, version=2, shelves=shelves)
+    with pytest.raises(ValueError, match="gave way to publish 2; hold an update"):
+        wait(engine.load(stale))
+    assert wait(engine.complete([1, 2], 8, seed=0)).tokens, "it was found out before anything changed"
+    with pytest.raises(ValueError, match="gave way to publish 2; hold an update"):
+        wait(engine.install(stale))
+    with pytest.raises(RuntimeError, match="has stopped"):
+        wait(engine.complete([1, 2], 8, seed=0))
+    engine.close()
 
 
 def test_a_late_answer_is_an_error_and_frees_its_place():

@@ -12,7 +12,7 @@ from rich.console import Console
 from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama, prompts, save_teacher
 from transformers import AutoModelForCausalLM
 
-from raykd.actors import ModelFacts
+from raykd.actors import ModelFacts, within_reach
 from raykd.algorithms import GKD, KD, SFT, MiniLLM
 from raykd.algorithms.base import Needs
 from raykd.algorithms.gkd import ReverseKL
@@ -30,7 +30,7 @@ from raykd.experiment import (
 from raykd.prompts import Documents, Pairs, eos_id
 from raykd.records import Scores, Source
 from raykd.run import Result, connect, run
-from raykd.weights import unpack
+from raykd.weights import unpack, verify
 from raykd.workers import Term, Workers, dataset_rollouts, unscored
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
@@ -239,11 +239,18 @@ def test_after_a_step_the_published_weights_are_the_learners_and_the_engine_foll
     workers.save_student(tmp_path)
     saved = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert workers._update is not None
-    published = {name: tensor for bucket in workers._update.buckets for name, tensor in unpack(ray.get(bucket))}
     expected = {name: tensor for name, tensor in saved.state_dict().items() if name != "lm_head.weight"}  # tied
-    assert set(published) == set(expected)
-    for name, tensor in expected.items():
-        assert torch.equal(published[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    carried = within_reach(workers._update, ["another node"])
+    assert within_reach(workers._update, [workers._update.node]) is workers._update
+    for buckets in (workers._update.buckets, ray.get(list(carried.buckets))):
+        for bucket in buckets:
+            verify(bucket)
+        published = {name: tensor for bucket in buckets for name, tensor in unpack(bucket)}
+        assert set(published) == set(expected)
+        for name, tensor in expected.items():
+            assert torch.equal(published[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    assert workers.rollouts is not None
+    assert workers.rollouts.broadcast("load", {"update": carried}) == [3]
 
     # Hugging Face agrees with what the engine recorded, token by token.
     for rollout in rollouts[:8]:

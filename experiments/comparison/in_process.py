@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from rich.console import Console
@@ -82,6 +83,7 @@ class InProcess(Workers):
         self.rollouts: Any = Only(Writer(facts))
         self.replay: Any = ReplayBuffer(experiment.seed)
         self._update = self._loaded = None
+        self._published = WeakSet()
         self._learner_version = 0
         self.usage = Usage(("learner",), clock=time.process_time)
 
@@ -101,8 +103,8 @@ class Only:
         return [getattr(self._worker, method)(*(of_rank[0] for of_rank in arguments))]
 
     def all(self, method: str, *arguments: Any) -> list[Any]:
-        """As ``LearnerGang.all``; a bucket of weights is its own reference."""
-        return [getattr(self._worker, method)(*arguments, *([lambda bucket: bucket] if method == "publish" else []))]
+        """As ``LearnerGang.all``."""
+        return [getattr(self._worker, method)(*arguments)]
 
     def map(self, method: str, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
         """As ``Fleet.map``."""
@@ -139,6 +141,10 @@ class Writer:
             AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (facts.student, facts.teacher)
         )
         self._facts, self._version = facts, 0
+
+    def ping(self) -> str:
+        """As ``RolloutActor.ping``: on the learner's node."""
+        return ""
 
     def load(self, update: WeightUpdate) -> int:
         """Take over published weights."""

@@ -6,10 +6,11 @@ same speed, multiplies by memory that we keep. A matrix ``[N, K]`` is seen as 4-
 
     packed[n // width, k, n % width] = words[n, k]        width 64 for all but small matrices, N and K padded with zeros
 
-oneDNN does not promise this layout, so it packs each matrix once by itself, and what we would have written has to be equal.
+oneDNN does not promise this layout, so it packs a matrix of each shape by itself, and what we would have written has to be equal.
 """
 
 import ctypes
+import math
 from concurrent.futures import Executor
 from itertools import pairwise
 
@@ -17,14 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raykd.compiled import interleave
+
 WIDTHS = (64, 48, 32, 16)
 """Rows that lie beside each other, whichever oneDNN chose."""
 DEPTH = 16
 """K is padded to a multiple of so many words."""
-TILE = 1024
-"""Words of a row transposed at a time; the rows of a tile stay in the second-level cache."""
-APART = 16
-"""Words between two rows of a tile: a power of two as their distance would map them all to the same cache lines."""
 
 
 class PackedMatrix:
@@ -35,17 +34,20 @@ class PackedMatrix:
         if weight.dtype not in (torch.bfloat16, torch.float32) or weight.shape[1] * weight.itemsize % 4:
             raise NotImplementedError(f"no in-place layout for {list(weight.shape)} of {weight.dtype}")
         self.dtype = weight.dtype
-        self._opaque = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        numbered = torch.arange(weight.nbytes // 4, dtype=torch.int32).view(weight.dtype).view(weight.shape)  # no two words alike
+        self._opaque = torch.ops.mkldnn._reorder_linear_weight(numbered, None)
         num_bytes: int = torch.ops.mkldnn._nbytes(self._opaque)
         address: int = torch.ops.mkldnn.data_ptr(self._opaque)
         memory = np.ctypeslib.as_array((ctypes.c_uint32 * (num_bytes // 4)).from_address(address))
-        rows = _words(weight)
+        num_rows, depth = _words(weight).shape
         for width in WIDTHS:
-            expected = np.zeros((-(-rows.shape[0] // width), -(-rows.shape[1] // DEPTH) * DEPTH, width), dtype=np.uint32)
-            if expected.size == memory.size:
-                _interleave(rows, expected, 0, 0, len(expected))
+            shape = -(-num_rows // width), -(-depth // DEPTH) * DEPTH, width
+            if math.prod(shape) == memory.size:
+                expected = torch.zeros(shape, dtype=torch.int32).numpy().view(np.uint32)  # torch's memory begins where it must
+                interleave(_words(numbered), expected, 0, 0, len(expected))
                 if np.array_equal(expected.reshape(-1), memory):
-                    self._packed = memory.reshape(expected.shape)
+                    self._packed = memory.reshape(shape)
+                    interleave(_words(weight), self._packed, 0, 0, len(expected))
                     return
         raise NotImplementedError(f"oneDNN lays out {list(weight.shape)} of {weight.dtype} in another way")
 
@@ -58,7 +60,7 @@ class PackedMatrix:
         rows, width = _words(weight.to(self.dtype)), self._packed.shape[2]
         begin, end = first // width, -(-(first + len(rows)) // width)
         cuts = np.linspace(begin, end, num_threads + 1).astype(int)
-        parts = [pool.submit(_interleave, rows, self._packed, first, a, b) for a, b in pairwise(cuts)]
+        parts = [pool.submit(interleave, rows, self._packed, first, a, b) for a, b in pairwise(cuts)]
         for part in parts:
             part.result()
 
@@ -66,17 +68,3 @@ class PackedMatrix:
 def _words(weight: Tensor) -> np.ndarray:
     """``[N, K]`` as 4-byte words."""
     return (weight if weight.stride(1) == 1 else weight.contiguous()).view(torch.int32).numpy().view(np.uint32)
-
-
-def _interleave(rows: np.ndarray, packed: np.ndarray, first: int, begin: int, end: int) -> None:
-    """Write ``rows``, which begin at row ``first`` of the matrix, into the blocks from ``begin`` to ``end``; without the GIL."""
-    width, depth = packed.shape[2], rows.shape[1]
-    tile = np.empty((width, min(TILE, depth) + APART), dtype=np.uint32)
-    for block in range(begin, end):
-        top, bottom = max(first, block * width), min(first + len(rows), (block + 1) * width)
-        lanes = slice(top - block * width, bottom - block * width)
-        for left in range(0, depth, TILE):
-            right = min(left + TILE, depth)
-            buffer = tile[: bottom - top, : right - left]
-            np.copyto(buffer, rows[top - first : bottom - first, left:right])
-            np.copyto(packed[block, left:right, lanes], buffer.T)

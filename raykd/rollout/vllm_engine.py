@@ -9,7 +9,7 @@ from raykd.engine import prepare, start
 from raykd.rollout.config import EngineSettings
 from raykd.rollout.engine_thread import EngineThread
 from raykd.rollout.requests import Completion
-from raykd.weights import Bucket, WeightUpdate, verify
+from raykd.weights import Bucket, WeightUpdate, refuse_overwritten, verify
 
 if TYPE_CHECKING:
     from vllm import LLMEngine, SamplingParams
@@ -74,18 +74,19 @@ class VllmEngine:
         """The text of a session is complete."""
         self._thread.end_session(session)
 
-    async def load(self, update: WeightUpdate, fetch: Callable[[Any], Bucket]) -> int:
-        """Fetch and check all buckets, then replace the weights once no request is in flight; returns the version.
+    async def load(self, update: WeightUpdate) -> int:
+        """Check all buckets, then replace the weights once no request is in flight; returns the version.
 
         A damaged bucket raises ValueError before anything changes. Requests queued meanwhile wait and see the new weights.
         """
-        return await self.install(update.version, await fetch_buckets(update, fetch))
+        await check(update)
+        return await self.install(update)
 
-    async def install(self, version: int, buckets: Sequence[Bucket]) -> int:
-        """``load`` with the buckets at hand."""
-        replaced = self._thread.exclusive(lambda engine: replace_weights(engine, buckets), fatal=True)
-        await self._answer(replaced, f"the weights of version {version}")
-        return version
+    async def install(self, update: WeightUpdate) -> int:
+        """``load`` after the check."""
+        replaced = self._thread.exclusive(lambda engine: replace_weights(engine, update.buckets), fatal=True)
+        await self._answer(replaced, f"the weights of version {update.version}")
+        return update.version
 
     async def inspect(self, function: "Callable[[LLMEngine], Any]") -> Any:
         """Run a function on vLLM's engine between batches."""
@@ -168,21 +169,17 @@ def start_engine(model: str, config: EngineSettings) -> "LLMEngine":
     return engine
 
 
-async def fetch_buckets(update: WeightUpdate, fetch: Callable[[Any], Bucket]) -> list[Bucket]:
-    """All buckets of an update, each checked, in threads that leave the event loop free."""
-
-    def fetch_checked(reference: Any) -> Bucket:
-        bucket = fetch(reference)
-        verify(bucket)
-        return bucket
-
-    return [await asyncio.to_thread(fetch_checked, reference) for reference in update.buckets]
+async def check(update: WeightUpdate) -> None:
+    """Raise ValueError where a bucket is not as it was published; in threads, which leave the event loop free."""
+    await asyncio.gather(*(asyncio.to_thread(verify, bucket) for bucket in update.buckets))
 
 
 def replace_weights(engine: "LLMEngine", buckets: Sequence[Bucket]) -> None:
-    """Load all buckets and forget what was computed with the old weights."""
+    """Load all buckets and forget what was computed with the old weights. A ValueError leaves weights of both versions."""
     engine.collective_rpc("start_weight_update")
     for bucket in buckets:
         engine.collective_rpc("update_weights", args=({"bucket": bucket},))
     engine.collective_rpc("finish_weight_update")
+    for bucket in buckets:
+        refuse_overwritten(bucket)
     engine.reset_prefix_cache()

@@ -1,16 +1,15 @@
 """A rollout replica: generate, load, close. Plain; whoever runs it in another process wraps it."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
 
 from raykd.records import Rollout, Source
 from raykd.rollout.config import EngineSettings
 from raykd.rollout.mixing import mixed_response
 from raykd.rollout.requests import GenerationRequest, Writer, derive_seed
-from raykd.rollout.vllm_engine import VllmEngine, fetch_buckets
-from raykd.weights import Bucket, WeightUpdate
+from raykd.rollout.vllm_engine import VllmEngine, check
+from raykd.weights import WeightUpdate
 
 
 class RolloutWorker:
@@ -47,15 +46,15 @@ class RolloutWorker:
                 for task in writing:
                     task.cancel()
 
-    async def load(self, update: WeightUpdate, fetch: Callable[[Any], Bucket]) -> int:
-        """Replace the student's weights; returns the version. Fetching overlaps with generation, replacing does not."""
-        buckets = await fetch_buckets(update, fetch)
+    async def load(self, update: WeightUpdate) -> int:
+        """Replace the student's weights; returns the version. Checking overlaps with generation, replacing does not."""
+        await check(update)
         async with self._turn:
             await self._turn.wait_for(lambda: not self._loading)
             self._loading = True
             await self._turn.wait_for(lambda: self._num_generating == 0)
         try:
-            self.version = await self.engine.install(update.version, buckets)
+            self.version = await self.engine.install(update)
             return self.version
         finally:
             async with self._turn:
