@@ -22,7 +22,7 @@ import numpy as np
 
 ALIGNMENT = 64
 """Parts of a region begin at multiples of so many bytes; the first so many hold its edition."""
-PIECE = 16 << 20
+PIECE = 4 << 20
 """Bytes that one thread copies at a time."""
 MAPPED = 8
 """Segments that a reader keeps mapped."""

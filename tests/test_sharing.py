@@ -69,7 +69,6 @@ OWNER = """
         region, total = segment.write(3, [np.arange(100_000, dtype=np.uint8)], pool)
     sys.stdout.buffer.write(pickle.dumps((region, total)))
     sys.stdout.flush()
-    sys.stdout.close()
     time.sleep(600)
 """
 
@@ -77,9 +76,9 @@ OWNER = """
 def test_a_killed_owner_leaves_nothing_but_what_others_still_read():
     owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(OWNER)], stdout=subprocess.PIPE, cwd=ROOT)
     assert owner.stdout is not None
-    with owner.stdout:
-        region, total = pickle.loads(owner.stdout.read())
     try:
+        with owner.stdout:
+            region, total = pickle.load(owner.stdout)
         assert os.readlink(region.path).startswith("/memfd:"), "it has no name that could be left"
         data = region.open()
         assert checksum(data) == total
