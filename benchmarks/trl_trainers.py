@@ -1,6 +1,6 @@
 """TRL's trainers as the benchmarks run them: timed, with our tokens counted.
 
-Both learn on policy from ``folder``'s student, teacher and prompts.jsonl, in float32 with activations kept, reverse KL.
+Both learn on policy from ``folder``'s student, teacher and prompts.jsonl, in the models' dtype, with activations kept, reverse KL.
 """
 
 import time
@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 
 class Clock(TrainerCallback):
@@ -103,7 +104,7 @@ def _settings(folder: Path, steps: int, batch: int, rate: float) -> dict[str, An
         "per_device_train_batch_size": batch,
         "learning_rate": rate,
         "use_cpu": True,
-        "bf16": False,
+        "bf16": AutoConfig.from_pretrained(folder / "student").dtype == torch.bfloat16,
         "gradient_checkpointing": False,
         "report_to": [],
         "save_strategy": "no",

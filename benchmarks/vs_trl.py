@@ -1,20 +1,23 @@
 """On-policy distillation beside TRL's DistillationTrainer and GKDTrainer: seconds and memory of a step, phase by phase.
 
-    python benchmarks/vs_trl.py [check floor raykd overlap distillation gkd ...]
+    python benchmarks/vs_trl.py [--dtype bfloat16] [check floor raykd overlap distillation gkd ...]
 
-Student 16M, teacher 53M (random-weight Llamas), GPT-2's tokenizer and vocabulary of 50,257, float32, two threads; 8 prompts of
-32 tokens, 128 new tokens each, reverse KL, AdamW. The prompts are of one length, so that nobody computes padding. Every
-contender is a process of its own, given the same models and prompts; ours is ``run(Experiment)`` with its actors, "overlap" the
+Student 16M, teacher 53M (random-weight Llamas), GPT-2's tokenizer and vocabulary of 50,257, two threads; 8 prompts of 32
+tokens, 128 new tokens each, reverse KL, AdamW. The prompts are of one length, so that nobody computes padding. Both checkpoints
+are float32, or bfloat16; then TRL runs with its default ``bf16=True`` and steps bfloat16 weights, ours keeps float32 master
+weights. Every contender is a process of its own, given the same models and prompts; ours is ``run(Experiment)`` with its actors, "overlap" the
 same with ``max_staleness`` 1. Medians of the steps after the first three. Memory is the high-water mark of resident memory of
 the process that learns; for ours also the sum over all actors, each with its own copy of the libraries (0.5 to 0.9 GB).
 
-"check": all three give the same loss and gradient on the same samples of unequal length. "floor": the matrix products of a
+"check": all three give the same loss and gradient on the same samples of unequal length; in bfloat16 they are compared with what
+ours computes from the same weights in float32. "floor": the matrix products of a
 step alone, each once: decoding, prefills, both heads, backward.
 
 TRL takes part where it can be imported: ``pip install --no-deps trl==1.16.0 accelerate``. RAYKD_DATA names the folder that holds
 ``models/gpt2-tokenizer`` and TinyStories (default ../shared).
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -32,7 +35,7 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl_trainers import Clock, distillation_trainer, gkd_trainer
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -50,7 +53,11 @@ TRL: dict[str, Any] = {"batch": BATCH, "rate": RATE, "max_new_tokens": RESPONSE}
 RESULTS = Path(__file__).parent / "results" / "vs_trl.json"
 
 
-def prepare(folder: Path) -> None:
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Relative, of loss and gradient norm."""
+
+
+def prepare(folder: Path, dtype: str = "float32") -> None:
     """Both models and the prompts. The final norms are scaled so that the distributions are not flat."""
     from raykd.prompts import Documents, read_rows, tokenise_documents
 
@@ -62,7 +69,7 @@ def prepare(folder: Path) -> None:
         model = LlamaForCausalLM(config)
         with torch.no_grad():
             model.model.norm.weight.mul_(8)
-        model.save_pretrained(folder / name)
+        model.to(getattr(torch, dtype)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     source = Documents(path=str(STORIES), prompt_tokens=PROMPT, limit=1000)
     prompts = tokenise_documents(read_rows(source), source, tokenizer, max_response=1)
@@ -70,6 +77,11 @@ def prepare(folder: Path) -> None:
     same = [text for text in texts if len(tokenizer(text).input_ids) == PROMPT]
     with (folder / "prompts.jsonl").open("w") as file:
         file.writelines(json.dumps({"prompt": text}) + "\n" for text in same[: BATCH * max(STEPS.values())])
+
+
+def dtype_of(folder: Path) -> str:
+    """The models' own."""
+    return str(AutoConfig.from_pretrained(folder / "student").dtype).removeprefix("torch.")
 
 
 def raykd(folder: Path, max_staleness: int = 0) -> dict[str, Any]:
@@ -91,7 +103,8 @@ def raykd(folder: Path, max_staleness: int = 0) -> dict[str, Any]:
     from raykd.prompts import Pairs
     from raykd.run import run
 
-    engine = EngineConfig(dtype="float32", threads=THREADS)
+    dtype: Any = dtype_of(folder)
+    engine = EngineConfig(dtype=dtype, threads=THREADS)
     stage = Stage(
         algorithm=GKD(divergence=ReverseKL()),
         steps=STEPS["raykd"],
@@ -108,8 +121,8 @@ def raykd(folder: Path, max_staleness: int = 0) -> dict[str, Any]:
         max_prompt=PROMPT,
         max_response=RESPONSE,
         rollout=RolloutConfig(engine=engine),
-        teachers=TeacherConfig(dtype="float32", engine=engine, threads=THREADS),
-        learner=LearnerConfig(dtype="float32", threads=THREADS),
+        teachers=TeacherConfig(dtype=dtype, engine=engine, threads=THREADS),
+        learner=LearnerConfig(dtype=dtype, threads=THREADS),
         evaluation=EvaluationConfig(prompts=0),
         tracking=TrackingConfig(wandb=False),
         runs=folder / "runs",
@@ -146,16 +159,19 @@ def gkd(folder: Path) -> dict[str, Any]:
 def floor(folder: Path) -> dict[str, Any]:
     """Nothing but the matrix products of a step, each once."""
     torch.manual_seed(0)
-    heads = {name: torch.randn(50_257, SHAPES[name]["hidden_size"]) for name in SHAPES}
-    bodies = {name: [torch.randn(m, n) for m, n in _matrices(SHAPES[name])] for name in SHAPES}
+    dtype = getattr(torch, dtype_of(folder))
+    heads = {name: torch.randn(50_257, SHAPES[name]["hidden_size"], dtype=dtype) for name in SHAPES}
+    bodies = {name: [torch.randn(m, n, dtype=dtype) for m, n in _matrices(SHAPES[name])] for name in SHAPES}
     written, length = BATCH * RESPONSE, BATCH * (PROMPT + RESPONSE)
+    inputs = torch.randn(length, max(matrix.shape[1] for body in bodies.values() for matrix in body), dtype=dtype)
 
     def products(matrices: list[torch.Tensor], rows: int, backward: bool = False) -> None:
         for matrix in matrices:
-            output = torch.randn(rows, matrix.shape[1]) @ matrix.T
-            if backward:
-                torch.mm(output, matrix)
-                torch.mm(output.T, torch.empty(rows, matrix.shape[1]))
+            for chunk in inputs[:rows, : matrix.shape[1]].split(160 if len(matrix) > 50_000 else rows):
+                output = chunk @ matrix.T
+                if backward:
+                    torch.mm(output, matrix)
+                    torch.mm(output.T, chunk)
 
     def generate() -> None:
         products(bodies["student"], BATCH * PROMPT)
@@ -204,23 +220,29 @@ def check(folder: Path) -> dict[str, Any]:
 
     (prompt_ids, prompt_mask), (completion_ids, completion_mask) = padded(0, left=True), padded(1, left=False)
     count = completion_mask.sum()
-    found = {"raykd": _our_loss(folder, texts)}
+    dtype = dtype_of(folder)
+    found = {"float32": _our_loss(folder, texts, "float32"), "raykd": _our_loss(folder, texts, dtype)}
     trainer = distillation_trainer(folder, Clock(0), 1, **TRL)
     inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
     inputs |= {"completion_ids": completion_ids, "completion_mask": completion_mask}
-    found["distillation"] = _differentiated(trainer.model, trainer._compute_loss(trainer.model, inputs, count)[0])
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")  # as its training step does
+    with mixed:
+        loss = trainer._compute_loss(trainer.model, inputs, count)[0]
+    found["distillation"] = _differentiated(trainer.model, loss)
     trainer = gkd_trainer(folder, Clock(0), 1, **TRL)
     ids, mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
     labels = torch.where(torch.cat([torch.zeros_like(prompt_mask), completion_mask], 1) == 1, ids, -100)
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-    found["gkd"] = _differentiated(trainer.model, trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count))
+    with mixed:
+        loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=count)
+    found["gkd"] = _differentiated(trainer.model, loss)
     for name, values in found.items():
-        for value, own in zip(values, found["raykd"], strict=True):
-            assert abs(value - own) < 1e-4 * max(1.0, abs(own)), f"{name} computes something else: {found}"
+        for value, exact in zip(values, found["float32"], strict=True):
+            assert abs(value - exact) < TOLERANCE[dtype] * max(1.0, abs(exact)), f"{name} computes something else: {found}"
     return {name: {"loss": loss, "gradient_norm": norm} for name, (loss, norm) in found.items()}
 
 
-def _our_loss(folder: Path, texts: list[list[list[int]]]) -> tuple[float, float]:
+def _our_loss(folder: Path, texts: list[list[list[int]]], dtype: Any) -> tuple[float, float]:
     """As a learner's rank computes it from what a teacher's worker sends."""
     from raykd.algorithms import GKD
     from raykd.algorithms.base import Needs
@@ -232,7 +254,7 @@ def _our_loss(folder: Path, texts: list[list[list[int]]]) -> tuple[float, float]
     from raykd.teacher import Teacher
 
     size: dict[str, Any] = {"vocab_size": 50_257}
-    teacher = Teacher(str(folder / "teacher"), TeacherConfig(dtype="float32"), **size)
+    teacher = Teacher(str(folder / "teacher"), TeacherConfig(dtype=dtype), **size)
     rollouts = [
         Rollout(prompt_id=str(i), sample=0, prompt_tokens=tuple(prompt), tokens=tuple(response), source=Source.DATASET)
         for i, (prompt, response) in enumerate(texts)
@@ -244,7 +266,7 @@ def _our_loss(folder: Path, texts: list[list[list[int]]]) -> tuple[float, float]
     ]
     student = Student(
         str(folder / "student"),
-        dtype=torch.float32,
+        dtype=getattr(torch, dtype),
         chunk=None,
         teacher_head=teacher.head(),
         activation_checkpointing=False,
@@ -331,9 +353,9 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     return row if name == "floor" else row | {"peak_megabytes": memory.peaks()}
 
 
-def table(results: dict[str, Any]) -> Table:
+def table(results: dict[str, Any], dtype: str) -> Table:
     """Everyone beside TRL's DistillationTrainer."""
-    shown = Table("", "s/step", "phases", "tokens/s", "x TRL", "learner MB", "all MB")
+    shown = Table(dtype, "s/step", "phases", "tokens/s", "x TRL", "learner MB", "all MB")
     base = results.get("distillation", {}).get("tokens_per_second")
     for name, row in results.items():
         if name == "check":
@@ -346,16 +368,21 @@ def table(results: dict[str, Any]) -> Table:
     return shown
 
 
-def main(names: list[str]) -> None:
+def main() -> None:
     """Measure the named contenders, or all; write them beside those measured before."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("contenders", nargs="*", choices=[*CONTENDERS, []], default=list(CONTENDERS))
+    parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
+    asked = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="raykd-vs-trl-"))
-    prepare(folder)
+    prepare(folder, asked.dtype)
     RESULTS.parent.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in names or CONTENDERS:
-        results[name] = measure(name, folder)
+    for name in asked.contenders:
+        results.setdefault(asked.dtype, {})[name] = measure(name, folder)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    Console().print(table(results))
+    for dtype, found in results.items():
+        Console(width=120).print(table(found, dtype))
 
 
 if __name__ == "__main__":
@@ -364,4 +391,4 @@ if __name__ == "__main__":
         found = CONTENDERS[sys.argv[2]](Path(sys.argv[3]))
         Path(sys.argv[4]).write_text(json.dumps(found))
     else:
-        main(sys.argv[1:])
+        main()

@@ -160,7 +160,7 @@ class _KL(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         probabilities, terms, impossible = ctx.saved_tensors
         slope = upstream[0].masked_fill(impossible, 0.0).unsqueeze(-1)
-        to_first = (terms + probabilities) * slope if ctx.needs_input_grad[0] else None
+        to_first = (terms + probabilities).mul_(slope) if ctx.needs_input_grad[0] else None
         return to_first, probabilities * -slope if ctx.needs_input_grad[1] else None
 
 

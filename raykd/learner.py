@@ -79,11 +79,12 @@ class Learner:
         if self.device.type == "cpu":  # its shared-memory collectives need a compiler, and hang between ranks on different nodes
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self._gather = deepspeed.zero.GatheredParameters
-        fused = self.device.type == "cuda" and not config.offload_optimiser
-        adam = SteadyAdamW((p for p in self._student.parameters() if p.requires_grad), self._absurd, fused=fused)
+        adam = SteadyAdamW((p for p in self._student.parameters() if p.requires_grad), self._absurd)
         with redirect_stdout(None):  # its bfloat16 optimiser prints the memory use
             engine, *_ = deepspeed.initialize(model=self._student, optimizer=adam, config=deepspeed_config(config))
         self._engine: Any = engine  # DeepSpeed has no usable annotations
+        if config.ranks == 1 and not zero_stage(config):
+            engine.enable_backward_allreduce = False  # the gradients of a single rank would be copied there and back
         self._state = self._student.state()
         self._sharded_optimiser = engine.optimizer if zero_stage(config) else None
 

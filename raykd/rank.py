@@ -26,8 +26,8 @@ def zero_stage(config: LearnerConfig) -> int:
 class SteadyAdamW(torch.optim.AdamW):
     """AdamW that leaves weights and moments alone while ``skip`` is true: ZeRO knows the gradient's norm just before its step."""
 
-    def __init__(self, parameters: Iterable[Tensor], skip: Callable[[], bool], *, fused: bool) -> None:
-        super().__init__(parameters, fused=fused)
+    def __init__(self, parameters: Iterable[Tensor], skip: Callable[[], bool]) -> None:
+        super().__init__(parameters, fused=True)
         self._skip = skip
 
     def step(self, closure: Any = None) -> Any:

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from raykd import projection
 from raykd.algorithms import AKL, GKD, KD, OPD, SFT, Algorithm, DistiLLM, MiniLLM, SeqKD
 from raykd.algorithms.gkd import AnyDivergence
+from raykd.divergences import reverse_kl
 from raykd.payloads import Probe
-from raykd.projection import Head, teacher_probe, weighted_loss
+from raykd.projection import Head, halves, teacher_probe, weighted_loss
 
 N, H_STUDENT, H_TEACHER, V, PADDED = 11, 6, 8, 13, 16
 DIVERGENCES = [kind() for kind in get_args(get_args(AnyDivergence)[0])]
@@ -297,6 +298,41 @@ def test_head_keeps_bfloat16_products_in_float32() -> None:
     logits = Head(weight=weight.bfloat16())(hidden.bfloat16())
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, hidden.bfloat16().float() @ weight.bfloat16().float().T)
+
+
+def test_halves_are_multiplied_exactly_and_nothing_else_as_halves() -> None:
+    first, second = (torch.randn(*shape) for shape in ((96, 256), (256, 512)))
+    halved = first.bfloat16().float(), second.bfloat16().float()
+    with halves(True):
+        product = halved[0] @ halved[1]
+    torch.testing.assert_close(product.double(), halved[0].double() @ halved[1].double(), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close((first @ second).double(), first.double() @ second.double(), atol=1e-4, rtol=1e-5)
+
+
+def test_gradients_of_bfloat16_heads_are_right_to_its_rounding() -> None:
+    """Large enough for the CPU's own products of bfloat16, where the slope is rounded as on CUDA."""
+    generator = torch.Generator().manual_seed(0)
+    width, vocab_size, num = 64, 512, 96
+    weight, teacher = (torch.randn(vocab_size, width, generator=generator).bfloat16() / 8 for _ in range(2))
+    hidden, states = (torch.randn(num, width, generator=generator).bfloat16() for _ in range(2))
+    tokens = torch.randint(vocab_size, (num,), generator=generator)
+    found = []
+    for dtype in (torch.bfloat16, torch.float32):
+        learned = [value.to(dtype).requires_grad_() for value in (weight, hidden)]
+        loss, _ = weighted_loss(
+            Head(weight=learned[0]),
+            learned[1],
+            tokens,
+            torch.full((num,), 1 / num),
+            lambda student, law, *_: {"loss": reverse_kl(student, law)},  # pyright: ignore[reportArgumentType]
+            vocab_size=vocab_size,
+            teacher_states=states.to(dtype),
+            teacher_head=Head(weight=teacher.to(dtype)),
+        )
+        found.append((loss, *torch.autograd.grad(loss, learned)))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-6, rtol=1e-6)
+    for got, wanted in zip(found[0][1:], found[1][1:], strict=True):
+        assert (got.float() - wanted).norm() < 2**-8 * wanted.norm()
 
 
 def test_cut_keeps_the_first_rows_without_a_copy() -> None:

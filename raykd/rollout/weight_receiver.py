@@ -28,6 +28,7 @@ from raykd.weights import Bucket, unpack
 
 if current_platform.is_cpu():
     import raykd.engine.small_heads  # noqa: F401  (registers the attention back end)
+    from raykd.rollout.cpu_head import WideHead, widen_head
 
 BACKEND = "raykd-buckets"
 
@@ -58,11 +59,14 @@ class BucketReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     plan: LoadPlan | None = None
     """How to update in place, once it is known."""
     _recorder: Recorder | None = None
+    _head: "WideHead | None" = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Cut the padding off the vocabulary."""
         if init_info.vocab_size is not None:
             cut_vocabulary(self.model, init_info.vocab_size)
+        if current_platform.is_cpu():
+            self._head = widen_head(self.model, self.model_config.dtype)
 
     def start_weight_update(self) -> None:
         """Make every layer wait for its values."""
@@ -87,6 +91,8 @@ class BucketReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def finish_weight_update(self) -> None:
         """Put every layer back to work, once all have their values."""
+        if self._head is not None:
+            self._head.forget()
         if self.plan is not None:
             _refuse_missing(self.plan.missing(self._loaded))
             return
