@@ -1,6 +1,6 @@
 """TRL's trainers as the benchmarks run them: timed, with our tokens counted.
 
-Both learn on policy from ``folder``'s student, teacher and prompts.jsonl, in the models' dtype, with activations kept, reverse KL.
+Both learn on policy from ``folder``'s student, teacher and prompts.jsonl, in the models' dtype, activations kept, reverse KL.
 """
 
 import time

@@ -2,10 +2,10 @@
 
     python benchmarks/vs_trl.py [--dtype bfloat16] [check floor raykd overlap distillation gkd ...]
 
-Student 16M, teacher 53M (random-weight Llamas), GPT-2's tokenizer and vocabulary of 50,257, two threads; 8 prompts of 32
-tokens, 128 new tokens each, reverse KL, AdamW. The prompts are of one length, so that nobody computes padding. Both checkpoints
-are float32, or bfloat16; then TRL runs with its default ``bf16=True`` and steps bfloat16 weights, ours keeps float32 master
-weights. Every contender is a process of its own, given the same models and prompts; ours is ``run(Experiment)`` with its actors, "overlap" the
+Student 16M, teacher 53M (random-weight Llamas), GPT-2's tokenizer and vocabulary of 50,257, two threads; 8 prompts of 32 tokens,
+128 new tokens each, reverse KL, AdamW. The prompts are of one length, so that nobody computes padding. Checkpoints are float32 or
+bfloat16; then TRL runs with its default ``bf16=True`` and steps bfloat16 weights, ours keeps float32 master weights. Every
+contender is a process of its own, given the same models and prompts; ours is ``run(Experiment)`` with its actors, "overlap" the
 same with ``max_staleness`` 1. Medians of the steps after the first three. Memory is the high-water mark of resident memory of
 the process that learns; for ours also the sum over all actors, each with its own copy of the libraries (0.5 to 0.9 GB).
 

@@ -133,8 +133,8 @@ def weighted_loss(
 
 @contextmanager
 def halves(wanted: bool) -> Iterator[None]:
-    """On a CPU, products of float32 matrices from their values in bfloat16, summed in float32: exact where they hold nothing else,
-    and two to four times as fast where the CPU multiplies bfloat16; elsewhere nothing changes. For CUDA ``mm`` has an argument."""
+    """On a CPU, float32 matrices are multiplied from their values in bfloat16 and summed in float32: exact where they hold no
+    others, two to four times as fast where the CPU multiplies bfloat16, as before elsewhere. On CUDA ``mm`` has an argument."""
     if wanted:
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # pyright: ignore[reportAttributeAccessIssue]
     try:

@@ -21,10 +21,9 @@ class WideHead:
 
     def __call__(self, lm_head: Any, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """Logits ``[B, V]``."""
-        if self._weight is None:
-            self._weight = lm_head.weight.float()
+        weight = self._weight = lm_head.weight.float() if self._weight is None else self._weight
         with halves(True):
-            return linear(hidden.float(), self._weight, None if bias is None else bias.float())
+            return linear(hidden.float(), weight, None if bias is None else bias.float())
 
     def forget(self) -> None:
         """The weights have changed."""

@@ -23,12 +23,12 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from raykd.rollout.cpu_head import WideHead, widen_head
 from raykd.rollout.load_plan import LoadPlan, Recorder
 from raykd.weights import Bucket, unpack
 
 if current_platform.is_cpu():
     import raykd.engine.small_heads  # noqa: F401  (registers the attention back end)
-    from raykd.rollout.cpu_head import WideHead, widen_head
 
 BACKEND = "raykd-buckets"
 
@@ -59,7 +59,7 @@ class BucketReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     plan: LoadPlan | None = None
     """How to update in place, once it is known."""
     _recorder: Recorder | None = None
-    _head: "WideHead | None" = None
+    _head: WideHead | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Cut the padding off the vocabulary."""
