@@ -134,7 +134,7 @@ def weighted_loss(
 @contextmanager
 def halves(wanted: bool) -> Iterator[None]:
     """On a CPU, float32 matrices are multiplied from their values in bfloat16 and summed in float32: exact where they hold no
-    others, two to four times as fast where the CPU multiplies bfloat16, as before elsewhere. On CUDA ``mm`` has an argument."""
+    others, two to three times as fast where the CPU multiplies bfloat16, as before elsewhere. On CUDA ``mm`` has an argument."""
     if wanted:
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # pyright: ignore[reportAttributeAccessIssue]
     try:
