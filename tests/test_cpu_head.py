@@ -41,7 +41,7 @@ def test_a_bfloat16_engine_writes_with_the_head_of_each_update():
         for version in range(4):  # as loaded, reloaded by vLLM, then in place
             model = perturbed(original, version).bfloat16() if version else original.bfloat16()
             if version:
-                wait(engine.load(publish(model, version), fetch=lambda bucket: bucket))
+                wait(engine.load(publish(model, version)))
             written = wait(engine.complete([1], 40, seed=version))
             with torch.no_grad():
                 ids = torch.tensor([[1, *written.tokens]])
