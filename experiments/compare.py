@@ -8,7 +8,7 @@
 One fine-tuning for each size and seed; everything else of that size and seed goes on from its student, with the same prompts,
 rate, batch and steps. The rate is constant after its warm-up, so no step knows how many will follow (but for the schedules of
 DistiLLM and DistiLLM-2, which are parts of a whole): a curve cut anywhere is the shorter run, and shows the student after equal
-time as well. Two runs at a time, each in one process on one core (comparison/in_process.py).
+time as well. Two runs at a time, each in one process and one thread (comparison/in_process.py).
 """
 
 import os
@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from multiprocessing import get_context
-from multiprocessing.queues import Queue
 from typing import Literal
 
 import tyro
 from comparison.gaps import watch_gaps
 from comparison.measures import measure_student
+from comparison.pairs import START, TEACHER_TEXT, TEXT
 from comparison.plan import HEADS, Entry, experiment, plan
 from comparison.report import write
 from rich.console import Console
@@ -49,7 +49,7 @@ def train_entry(entry: Entry) -> Entry:
 
     entry.folder.parent.mkdir(parents=True, exist_ok=True)
     with entry.folder.with_suffix(".log").open("a", encoding="utf-8") as log:
-        run_in_process(experiment(entry), Console(file=log))
+        run_in_process(experiment(entry), Console(file=log), reads=entry.variant in (TEACHER_TEXT, TEXT))
     return entry
 
 
@@ -64,27 +64,20 @@ def measure_missing(console: Console) -> None:
 def measure_entry(entry: Entry) -> Entry:
     """What it became."""
     if entry.variant == HEADS:
-        watch_gaps(entry.start.folder / "student_init", entry.start.folder / "student", entry.folder, entry.seed)
+        start = Entry(entry.pair, START, entry.seed)
+        watch_gaps(start.folder / "student_init", start.student, entry.folder, entry.seed)
     else:
-        measure_student(entry.folder)
+        measure_student(entry.pair, str(entry.student), entry.teacher, entry.folder)
     return entry
 
 
 @contextmanager
 def lanes() -> Iterator[tuple[ProcessPoolExecutor, int]]:
-    """A process for each lane, which keeps to one core."""
-    context = get_context("spawn")
-    cores = sorted(os.sched_getaffinity(0))[:LANES]
-    free: Queue[int] = context.Queue()
-    for core in cores:
-        free.put(core)
-    os.environ["OMP_NUM_THREADS"] = "1"  # more than one thread on one core wait for each other
-    with ProcessPoolExecutor(len(cores), mp_context=context, initializer=_keep_to_one, initargs=(free,)) as pool:
-        yield pool, len(cores)
-
-
-def _keep_to_one(free: "Queue[int]") -> None:
-    os.sched_setaffinity(0, {free.get()})
+    """A process of one thread for each lane, on whatever core is free."""
+    count = min(LANES, len(os.sched_getaffinity(0)))
+    os.environ["OMP_NUM_THREADS"] = "1"  # two lanes of two threads each wait for each other
+    with ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool:
+        yield pool, count
 
 
 def main(only: Literal["all", "train", "measure", "report"] = "all") -> None:

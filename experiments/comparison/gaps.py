@@ -14,17 +14,19 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from stories import STEPS, TEACHER
+from stories import STEPS, TEACHER, stories
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from comparison.measures import setting, the_tokenizer
+from raykd.algorithms import SFT
 from raykd.divergences import forward_kl, reverse_kl
 from raykd.prompts import PromptStream
 from raykd.records import Prompt
 from raykd.run import prepare
 
 GAPS = "gaps.json"
+SETTING = stories(SFT())
+"""Stories and lengths."""
 WATCHED = (0, 2, 4, 8, 16, 32, 64, STEPS)
 BATCH, WARMUP = 32, 8
 RATES = {"random": 1e-2, "fine-tuned": 1e-3}
@@ -33,7 +35,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"forward_kl": forw
 
 def watch_gaps(untrained: Path, fine_tuned: Path, output: Path, seed: int) -> None:
     """start -> divergence -> [{step, head, tail}], into ``output``."""
-    data = prepare(setting(), the_tokenizer())
+    data = prepare(SETTING, AutoTokenizer.from_pretrained(TEACHER))
     held_out, others = _whole(data.held_out), _whole(data.prompts.items)
     teacher = _load(TEACHER)
     starts = {"random": untrained, "fine-tuned": fine_tuned}
@@ -94,7 +96,7 @@ def _logprobs(model: nn.Module, prompts: Sequence[Prompt]) -> Tensor:
 
 def _whole(prompts: Sequence[Prompt]) -> list[Prompt]:
     """Those whose story fills the response, so that nothing is padded."""
-    return [prompt for prompt in prompts if len(prompt.response) == setting().max_response]
+    return [prompt for prompt in prompts if len(prompt.response) == SETTING.max_response]
 
 
 def _load(folder: str) -> nn.Module:

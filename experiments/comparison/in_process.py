@@ -6,6 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakSet
 
@@ -34,19 +35,24 @@ from raykd.weights import WeightUpdate, unpack, verify
 from raykd.workers import Workers
 
 
-def run_in_process(experiment: Experiment, console: Console) -> None:
-    """Run an experiment into the run directory of its name, from its newest checkpoint where it has one."""
+def run_in_process(experiment: Experiment, console: Console, *, reads: bool = False) -> None:
+    """Run an experiment into the run directory of its name, from its newest checkpoint where it has one.
+
+    ``reads``: it learns from chunks of its plain text in place of prompts and answers.
+    """
     tokenizer = check_models(experiment)
     data = prepare(experiment, tokenizer)
+    if reads:
+        assert data.text is not None, "an experiment that reads names its text"
+        data = replace(data, prompts=data.text, text=None)
     folder = experiment.runs.absolute() / experiment.name
     resumes = any(folder.glob("checkpoints/step-*/driver.json"))
     if not resumes:
         shutil.rmtree(folder, ignore_errors=True)
         new_folder(experiment)
-    assert experiment.teacher is not None, "nothing is compared without one"
     facts = ModelFacts(
         student=weights("student", experiment.student, tokenizer, experiment, folder),
-        teacher=experiment.teacher.path,
+        teacher=experiment.teacher.path if experiment.teacher else None,
         vocab_size=len(tokenizer),
         eos_ids=(eos_id(tokenizer),),
         max_length=experiment.max_length,
@@ -67,8 +73,7 @@ class InProcess(Workers):
     """The verbs of the loop without actors. Their seconds are CPU time, so that other work on the machine does not count."""
 
     def __init__(self, experiment: Experiment, facts: ModelFacts) -> None:
-        assert facts.teacher is not None
-        teacher = Teacher(facts.teacher, experiment.teachers, vocab_size=facts.vocab_size)
+        teacher = Teacher(facts.teacher, experiment.teachers, vocab_size=facts.vocab_size) if facts.teacher else None
         learner = Learner(
             facts.student,
             config=experiment.learner,
@@ -76,11 +81,11 @@ class InProcess(Workers):
             address=("127.0.0.1", _free_port()),
             vocab_size=facts.vocab_size,
             pad_id=facts.eos_ids[0],
-            teacher_head=teacher.head(),
+            teacher_head=teacher.head() if teacher else None,
         )
         self.learner: Any = Only(learner)
-        self.teachers: Any = Only(ScoringTeacher(teacher, facts.eos_ids))
-        self.rollouts: Any = Only(Writer(facts))
+        self.teachers: Any = Only(ScoringTeacher(teacher, facts.eos_ids)) if teacher else None
+        self.rollouts: Any = Only(Writer(facts)) if teacher else None
         self.replay: Any = ReplayBuffer(experiment.seed)
         self._update = self._loaded = None
         self._published = WeakSet()
@@ -158,30 +163,37 @@ class Writer:
     def generate(
         self, requests: Sequence[GenerationRequest], teacher_share: float, max_tokens: int, teachers: object = None
     ) -> list[Rollout]:
-        """As ``RolloutActor.generate``; the prompts are of one length and one temperature."""
-        ids = torch.tensor([request.prompt_tokens for request in requests])
+        """As ``RolloutActor.generate``; the requests are of one temperature."""
+        ids, mask = self._left_padded([request.prompt_tokens for request in requests])
+        start, ended = ids.shape[1], torch.zeros(len(requests), dtype=torch.bool)
         seed = derive_seed(self._facts.seed, self._version, requests[0].salt, requests[0].prompt_id)
         random = torch.Generator().manual_seed(seed)
         caches = {False: DynamicCache(), True: DynamicCache()}
-        for _ in range(max_tokens):
-            read = ids[:, caches[teacher_share == 1].get_seq_length() :]
+        while ids.shape[1] < start + max_tokens and not ended.all():
             laws: list[Tensor] = []
             if teacher_share < 1:
-                laws.append(self._next(self._student, read, caches[False]) / requests[0].temperature)
+                laws.append(_next(self._student, ids, mask, caches[False]) / requests[0].temperature)
             if teacher_share > 0:
-                laws.append(self._next(self._teacher, read, caches[True]))
+                laws.append(_next(self._teacher, ids, mask, caches[True]))
             law = mixture_logprobs(laws[0], laws[1], teacher_share) if len(laws) == 2 else laws[0].log_softmax(-1)
-            ids = torch.cat([ids, torch.multinomial(law.exp(), 1, generator=random)], -1)
-        return self._rollouts(requests, ids, teacher_share)
+            token = torch.multinomial(law.exp(), 1, generator=random)
+            ids, mask = torch.cat([ids, token], -1), torch.cat([mask, torch.ones_like(token)], -1)
+            ended |= torch.isin(token[:, 0], torch.tensor(self._facts.eos_ids))
+        return self._rollouts(requests, ids, mask, start, teacher_share)
 
-    def _next(self, model: Any, ids: Tensor, cache: DynamicCache) -> Tensor:
-        """log-probs of the next token; [B, V]."""
-        return log_softmax(model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1])
+    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids and which of them are real; [B, T] each."""
+        width = max(map(len, prompts))
+        pads = [width - len(prompt) for prompt in prompts]
+        ids = [[self._facts.eos_ids[0]] * pad + [*prompt] for pad, prompt in zip(pads, prompts, strict=True)]
+        return torch.tensor(ids), torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
 
-    def _rollouts(self, requests: Sequence[GenerationRequest], ids: Tensor, teacher_share: float) -> list[Rollout]:
+    def _rollouts(
+        self, requests: Sequence[GenerationRequest], ids: Tensor, mask: Tensor, start: int, teacher_share: float
+    ) -> list[Rollout]:
         """Everything up to the first EOS, with the student's log-probs."""
-        start = len(requests[0].prompt_tokens)
-        logits = self._student(input_ids=ids).logits[:, start - 1 : -1]
+        predicted = ids.shape[1] - start
+        logits = self._student(input_ids=ids, logits_to_keep=predicted + 1, **_positions(mask, 0)).logits[:, :-1]
         logprobs = gather(log_softmax(logits), ids[:, start:]).tolist()
         source = Source.TEACHER if teacher_share == 1 else Source.MIXED if teacher_share > 0 else Source.STUDENT
         rollouts = []
@@ -203,6 +215,18 @@ class Writer:
                 )
             )
         return rollouts
+
+
+def _next(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
+    """log-probs of the next token; [B, V]."""
+    seen = cache.get_seq_length()
+    read = {"input_ids": ids[:, seen:], "past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+    return log_softmax(model(**read, **_positions(mask, seen)).logits[:, -1])
+
+
+def _positions(mask: Tensor, seen: int) -> dict[str, Tensor]:
+    """The real tokens of a row count from 0, wherever it begins."""
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]}
 
 
 def _free_port() -> int:

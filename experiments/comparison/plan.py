@@ -5,17 +5,21 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from stories import STEPS, stories
+from stories import stories
 
 from comparison.gaps import GAPS
+from comparison.pairs import PAIRS, START, TEACHER, TEACHER_TEXT, TEXT
 from raykd.algorithms import GKD, SFT, AdaptiveSchedule, AnyAlgorithm, DistiLLM
 from raykd.algorithms.gkd import ForwardKL, Jeffreys, ReverseKL, SkewForwardKL, SkewReverseKL
 from raykd.experiment import Experiment, Model, Optimiser, Stage, TrackingConfig
 from raykd.report.folders import EVALUATION
 
-START, HEADS = "start", "head_and_tail"
+HEADS = "head_and_tail"
+BEFORE = {TEACHER_TEXT: None, TEXT: None, TEACHER: TEACHER_TEXT, START: TEXT}
+"""Where a pair has it, what each of them goes on from; everything else from START."""
 SEEDS = (0, 1, 2)
-LAST_WRITTEN = Path("student", "tokenizer_config.json")
+LAST_WRITTEN = "tokenizer_config.json"
+"""In the student's folder."""
 MEASURE_EVERY = 16
 LONG = 240
 """Steps of the methods without generation where they get as much time as those with it."""
@@ -51,70 +55,97 @@ VARIANTS: dict[str, AnyAlgorithm] = {START: SFT(), **METHODS, **ABLATIONS, **LON
 class Entry:
     """One run of the comparison."""
 
-    size: str
+    pair: str
     variant: str
     seed: int
 
     @property
     def name(self) -> str:
-        return f"{self.variant}-{self.size}-{self.seed}"
-
-    @property
-    def start(self) -> "Entry":
-        """The fine-tuning whose student this run begins with."""
-        return Entry(self.size, START, self.seed)
+        return f"{self.variant}-{self.pair}-{self.seed}"
 
     @property
     def folder(self) -> Path:
         return stories(SFT()).runs / "compare" / self.name
 
     @property
+    def student(self) -> Path:
+        """What it leaves."""
+        given = PAIRS[self.pair].teacher if self.variant == TEACHER else None
+        return Path(given) if given else self.folder / "student"
+
+    @property
+    def teacher(self) -> str:
+        """The teacher's folder."""
+        return str(Entry(self.pair, TEACHER, SEEDS[0]).student)
+
+    @property
+    def begins_with(self) -> "Entry | None":
+        """The run that this one goes on from; None: from random weights."""
+        before = BEFORE.get(self.variant, START)
+        return Entry(self.pair, before, self.seed) if before == START or before in PAIRS[self.pair].made else None
+
+    @property
+    def needs(self) -> list["Entry"]:
+        """What must be trained before."""
+        taught = self.variant not in (TEACHER, *PAIRS[self.pair].made)
+        needed = [self.begins_with, Entry(self.pair, TEACHER, SEEDS[0]) if taught else None]
+        return [entry for entry in needed if entry]
+
+    @property
     def trained(self) -> bool:
-        return self.variant == HEADS or (self.folder / LAST_WRITTEN).is_file()  # which has nothing to train
+        return self.variant == HEADS or (self.student / LAST_WRITTEN).is_file()  # which has nothing to train
 
     @property
     def ready(self) -> bool:
-        """Whether there is a student to begin with."""
-        return self.variant == START or self.start.trained
+        return all(entry.trained for entry in self.needs)
 
     @property
     def finished(self) -> bool:
+        if self.variant in (TEACHER_TEXT, TEXT):  # which nobody measures
+            return self.trained
         return (self.folder / (GAPS if self.variant == HEADS else EVALUATION)).is_file()
 
 
 def plan() -> list[Entry]:
     """Every run; what is worth most for its time comes first."""
 
-    def of(size: str, variants: Iterable[str], seeds: Sequence[int] = SEEDS) -> list[Entry]:
-        return [Entry(size, variant, seed) for seed in seeds for variant in variants]
+    def of(pair: str, variants: Iterable[str], seeds: Sequence[int] = SEEDS) -> list[Entry]:
+        return [Entry(pair, variant, seed) for seed in seeds for variant in variants]
 
     first, others = SEEDS[:1], SEEDS[1:]
     return [
+        *of("dolly", [TEACHER_TEXT, TEACHER], first),  # what takes longest to make begins
+        *of("fifth", [TEACHER], first),
         *of("fifth", [START, *METHODS]),
-        *of("fifth", [HEADS, *ABLATIONS], first),
-        *of("half", [START, *METHODS], first),
+        *of("fifth", [HEADS, *ABLATIONS]),
+        *of("dolly", [TEXT, START, *METHODS]),
+        *of("half", [TEACHER], first),
+        *of("half", [START, *METHODS]),
         *of("fifth", LONG_RUNS, first),
-        *of("fifth", [HEADS, *ABLATIONS], others),
-        *of("half", [START, *METHODS], others),
         *of("fifth", LONG_RUNS, others),
     ]
 
 
 def experiment(entry: Entry) -> Experiment:
     """The run of an entry."""
-    base = stories(VARIANTS[entry.variant], MEASURE_EVERY, entry.size)
-    fine_tuning, method = base.stages
+    pair = PAIRS[entry.pair]
     changes = {"name": entry.name, "seed": entry.seed, "runs": entry.folder.parent, "tracking": TrackingConfig(wandb=False)}
+    if entry.begins_with:
+        changes["student"] = Model(path=str(entry.begins_with.student))
+    if entry.variant in pair.made:
+        return pair.made[entry.variant].model_copy(update=changes)
+    base = pair.experiment(VARIANTS[entry.variant], 0 if entry.variant in ABLATIONS else MEASURE_EVERY)
+    fine_tuning, method = base.stages
+    changes["teacher"] = Model(path=entry.teacher)
     if entry.variant == START:
         changes |= {"stages": (fine_tuning,), "text": None, "evaluation": base.evaluation.model_copy(update={"every": 0})}
         return base.model_copy(update=changes)
     stage = Stage(
         algorithm=method.algorithm,
-        steps=LONG if entry.variant in LONG_RUNS else STEPS,
+        steps=LONG if entry.variant in LONG_RUNS else method.steps,
         batch_size=method.batch_size,
         optimiser=Optimiser(learning_rate=1e-3, warmup_steps=8),
     )
-    student = Model(path=str(entry.start.folder / "student"))
     text = base.text if method.algorithm.text else None
-    changes |= {"stages": (stage,), "student": student, "text": text, "checkpoint_every": MEASURE_EVERY}
+    changes |= {"stages": (stage,), "text": text, "checkpoint_every": MEASURE_EVERY}
     return base.model_copy(update=changes)
