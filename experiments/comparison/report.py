@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from comparison import figures
+from comparison.findings import CLAIMS
 from comparison.gaps import GAPS
+from comparison.pairs import TEACHER_TEXT, TEXT
 from comparison.plan import HEADS, METHODS, Entry
 from comparison.results import Outcome, read_outcome
 from comparison.tables import Groups, Table, claims_table, cost_table, gaps_table, measures_table, time_table
@@ -16,24 +18,26 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def write(entries: Sequence[Entry]) -> None:
     """Fill in docs/comparison.md and draw its figures beside it, from finished entries."""
-    outcomes = [read_outcome(entry, entry.folder) for entry in entries if entry.variant != HEADS]
+    outcomes = [read_outcome(entry, entry.folder) for entry in entries if entry.variant not in (HEADS, TEACHER_TEXT, TEXT)]
     watched = [json.loads((entry.folder / GAPS).read_text(encoding="utf-8")) for entry in entries if entry.variant == HEADS]
-    sizes = dict.fromkeys(outcome.entry.size for outcome in outcomes if outcome.entry.variant in METHODS)
-    tables, drawings = {"claims": claims_table(grouped(outcomes, "fifth"))}, {}
+    tables: dict[str, Table] = {}
+    drawings: dict[str, str] = {}
     if watched:
         tables["gaps"], drawings["gaps"] = gaps_table(watched), figures.gaps(watched)
-    for size in sizes:
-        groups = grouped(outcomes, size)
+    for pair in dict.fromkeys(outcome.entry.pair for outcome in outcomes if outcome.entry.variant in METHODS):
+        groups = grouped(outcomes, pair)
         methods = {name: groups[name] for name in METHODS if name in groups}
         tables |= {
-            f"measures-{size}": measures_table(groups),
-            f"cost-{size}": cost_table(groups, size),
-            f"time-{size}": time_table(groups),
+            f"measures-{pair}": measures_table(groups),
+            f"cost-{pair}": cost_table(groups, pair),
+            f"time-{pair}": time_table(groups),
         }
+        if pair in CLAIMS:
+            tables[f"claims-{pair}"] = claims_table(groups, CLAIMS[pair])
         drawings |= {
-            f"time-{size}": figures.reverse_kl_over_time(methods),
-            f"trade-off-{size}": figures.trade_off(methods),
-            f"exposure-{size}": figures.exposure(methods),
+            f"time-{pair}": figures.reverse_kl_over_time(methods),
+            f"trade-off-{pair}": figures.trade_off(methods),
+            f"exposure-{pair}": figures.exposure(methods),
         }
     save(tables, drawings)
 
@@ -47,11 +51,11 @@ def save(tables: Mapping[str, Table], drawings: Mapping[str, str]) -> None:
     page.write_text(filled_in(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
-def grouped(outcomes: Iterable[Outcome], size: str) -> Groups:
-    """The outcomes of one size by variant."""
+def grouped(outcomes: Iterable[Outcome], pair: str) -> Groups:
+    """The outcomes of one pair by variant."""
     groups: dict[str, list[Outcome]] = {}
     for outcome in outcomes:
-        if outcome.entry.size == size:
+        if outcome.entry.pair == pair:
             groups.setdefault(outcome.entry.variant, []).append(outcome)
     return groups
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, variance
 
-from comparison.measures import SUITE
+from comparison.pairs import TEACHER
 from comparison.plan import Entry
 from raykd.evaluation.results import Results
 from raykd.report.folders import EVALUATION
@@ -67,9 +67,11 @@ class Outcome:
 
 
 def read_outcome(entry: Entry, folder: Path) -> Outcome:
-    """A run directory with its evaluation.json."""
-    lines, _ = read_lines(folder / "metrics.jsonl")
-    found = Results.model_validate_json((folder / EVALUATION).read_text(encoding="utf-8")).suites[SUITE.name].models["student"]
+    """A run directory with its evaluation.json; a teacher that was there before has no curve."""
+    curves = folder / "metrics.jsonl"
+    lines = read_lines(curves)[0] if curves.exists() and entry.variant != TEACHER else []
+    (suite,) = Results.model_validate_json((folder / EVALUATION).read_text(encoding="utf-8")).suites.values()
+    found = suite.models["student"]
     norms = list({line["step"]: line["grad_norm"] for line in lines if "grad_norm" in line}.values())
     measures = {name: measured.mean for name, measured in found.measures.items()}
     return Outcome(entry, curve_of(lines), measures, found.excess_error, norms)

@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
-from comparison.findings import CLAIMS, PUBLISHED, SYSTEM, Claim, threshold, verdict
-from comparison.plan import METHODS, START
+from comparison.findings import PUBLISHED, SYSTEM, Claim, threshold, verdict
+from comparison.pairs import PAIRS, START, TEACHER
+from comparison.plan import METHODS
 from comparison.results import Outcome, Spread, noise, over_seeds
 
 COLUMNS: Mapping[str, tuple[str, int]] = {
     "test_loss": ("cross-entropy", 3),
     "forward_kl": ("forward KL", 3),
     "reverse_kl": ("reverse KL", 3),
-    "rouge_l": ("Rouge-L to the story", 2),
+    "rouge_l": ("Rouge-L to the reference", 2),
     "rouge_l_to_teacher": ("Rouge-L to the teacher", 2),
     "excess_error": ("ExAccErr, %", 1),
     "distinct_4": ("distinct-4, %", 1),
@@ -20,8 +21,7 @@ COLUMNS: Mapping[str, tuple[str, int]] = {
 }
 """A measure's title and digits."""
 DIGITS = {name: digits for name, (_, digits) in COLUMNS.items()} | {"gradient_spread": 3, "seconds": 1}
-LEVELS = {"fifth": 1.6, "half": 1.3}
-"""The reverse KL that is to be reached, by size."""
+NAMES = {TEACHER: "(teacher)", START: "(fine-tuned student)"}
 Table = list[list[str]]
 Groups = Mapping[str, Sequence[Outcome]]
 """By variant, one outcome for each seed."""
@@ -30,32 +30,32 @@ Groups = Mapping[str, Sequence[Outcome]]
 def measures_table(groups: Groups) -> Table:
     """Every method after equal steps; mean and standard deviation over seeds."""
     rows = [
-        [name if name != START else "(fine-tuned student)", str(len(groups[name]))]
+        [NAMES.get(name, name), str(len(groups[name]))]
         + [measured(groups[name], measure).text(digits) for measure, (_, digits) in COLUMNS.items()]
-        for name in (START, *METHODS)
+        for name in (*NAMES, *METHODS)
         if name in groups
     ]
-    if any(len(group) > 1 for name, group in groups.items() if name != START):
+    if any(len(group) > 1 for name, group in groups.items() if name not in NAMES):
         rows.append(["noise", "", *(f"{noise_of(measure, groups):.{digits}f}" for measure, (_, digits) in COLUMNS.items())])
     return [["method", "seeds", *(title for title, _ in COLUMNS.values())], *rows]
 
 
-def cost_table(groups: Groups, size: str) -> Table:
+def cost_table(groups: Groups, pair: str) -> Table:
     """What the steps cost, and what a given reverse KL costs."""
-    level = LEVELS[size]
-    head = ["method", "seconds", "relative to KD", "by Ray and vLLM", "published"]
+    level, system = PAIRS[pair].level, SYSTEM.get(pair, {})
     rows = [
         [
             name,
             seconds_of(groups[name]).text(1),
             over_seeds(groups[name], lambda outcome: relative(outcome, groups.get("kd", ()))).text(2),
-            f"{SYSTEM[name]:.2f}",
+            *([f"{system[name]:.2f}"] if system else []),
             PUBLISHED.get(name, ""),
             *_reached(groups[name], level),
         ]
         for name in METHODS
         if name in groups
     ]
+    head = ["method", "seconds", "relative to KD", *(["by Ray and vLLM"] if system else []), "published"]
     return [[*head, f"reverse KL {level} after seconds", "after tokens, thousands"], *rows]
 
 
@@ -95,10 +95,10 @@ def relative(outcome: Outcome, references: Sequence[Outcome]) -> float | None:
     return outcome.seconds / same_seed[0].seconds if same_seed else None
 
 
-def claims_table(groups: Groups) -> Table:
+def claims_table(groups: Groups, claims: Sequence[Claim]) -> Table:
     """Every claim with its numbers and what follows."""
     head = ["paper", "claim", "first", "second", "seeds", "difference", "counts from", "here"]
-    return [head, *(_claim_row(claim, groups) for claim in CLAIMS)]
+    return [head, *(_claim_row(claim, groups) for claim in claims)]
 
 
 def _claim_row(claim: Claim, groups: Groups) -> list[str]:
@@ -118,7 +118,7 @@ def _claim_row(claim: Claim, groups: Groups) -> list[str]:
 def noise_of(measure: str, groups: Groups) -> float:
     """Between students of the same kind and different seeds, each taken relative to the fine-tuned student of its seed."""
     start = measured(groups[START], measure)
-    return noise([measured(group, measure).minus(start) for name, group in groups.items() if name != START])
+    return noise([measured(group, measure).minus(start) for name, group in groups.items() if name not in NAMES])
 
 
 def measured(group: Sequence[Outcome], measure: str) -> Spread:
@@ -128,7 +128,7 @@ def measured(group: Sequence[Outcome], measure: str) -> Spread:
         return seconds_of(group)
     if measure == "gradient_spread":
         return over_seeds(group, lambda outcome: pstdev(outcome.gradient_norms) / fmean(outcome.gradient_norms))
-    return over_seeds(group, lambda outcome: outcome.measures[measure])
+    return over_seeds(group, lambda outcome: outcome.measures.get(measure))  # a teacher is compared with nobody
 
 
 def gaps_table(watched: Sequence[Mapping[str, Any]]) -> Table:
