@@ -117,12 +117,13 @@ def plan() -> list[Entry]:
         *of("dolly", [TEACHER_TEXT, TEACHER], first),  # what takes longest to make begins
         *of("fifth", [TEACHER], first),
         *of("fifth", [START, *METHODS]),
-        *of("fifth", [HEADS, *ABLATIONS]),
-        *of("dolly", [TEXT, START, *METHODS]),
+        *of("fifth", [HEADS, *ABLATIONS], first),
+        *of("dolly", [TEXT, START, *METHODS], first),
+        *of("fifth", [HEADS, *ABLATIONS], others),
+        *of("dolly", [TEXT, START, *METHODS], others),
         *of("half", [TEACHER], first),
         *of("half", [START, *METHODS]),
-        *of("fifth", LONG_RUNS, first),
-        *of("fifth", LONG_RUNS, others),
+        *of("fifth", LONG_RUNS),
     ]
 
 
