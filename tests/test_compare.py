@@ -1,4 +1,4 @@
-"""The comparison on the stories pair: its arithmetic on hand-made runs, and that nothing finished is run again."""
+"""The comparison: its arithmetic on hand-made runs, and that nothing finished is run again."""
 
 import json
 import math
@@ -11,10 +11,12 @@ import torch
 from comparison.findings import CLAIMS, Claim, Verdict, verdict
 from comparison.gaps import head_and_tail
 from comparison.in_process import Writer, run_in_process
-from comparison.plan import HEADS, LAST_WRITTEN, METHODS, START, VARIANTS, Entry, experiment, plan
+from comparison.measures import measure, questions
+from comparison.pairs import PAIRS, START, TEACHER, TEACHER_TEXT, TEXT
+from comparison.plan import HEADS, LAST_WRITTEN, METHODS, VARIANTS, Entry, experiment, plan
 from comparison.report import filled_in
-from comparison.results import Outcome, Spread, curve_of, noise
-from comparison.tables import cost_table, measures_table, relative, time_table
+from comparison.results import Outcome, Spread, curve_of, noise, read_outcome
+from comparison.tables import claims_table, cost_table, measures_table, relative, time_table
 from rich.console import Console
 from safetensors.torch import load_file
 from stories import stories
@@ -109,6 +111,9 @@ def test_tables_hold_means_and_spreads_over_seeds():
         "gkd": "1.100 ± 0.141",
         "noise": "0.141",
     }
+    claim = Claim("GKD", "gkd", "kd", "reverse_kl")
+    (_, row) = claims_table(groups, [claim, *CLAIMS["dolly"][:1]])[:2]
+    assert row == ["GKD", "reverse KL: `gkd` below `kd`", "1.100", "1.700", "2", "-0.600", "0.283", "reproduced"]
     costs, times = (
         {row[0]: dict(zip(table[0], row, strict=True)) for row in table[1:]}
         for table in (cost_table(groups, "fifth"), time_table(groups))
@@ -137,26 +142,42 @@ def test_the_head_is_the_smallest_set_of_half_the_teachers_mass():
     assert tail == pytest.approx(0.0 + 0.1)
 
 
-def test_every_run_of_the_plan_is_there_once_and_is_an_experiment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_every_run_of_the_plan_is_there_once_and_is_an_experiment(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("RAYKD_RUNS", str(tmp_path))
     entries = plan()
     assert len(set(entries)) == len(entries)
-    assert {entry.variant for entry in entries} == {*VARIANTS, HEADS}
-    assert {claim.better for claim in CLAIMS} | {claim.worse for claim in CLAIMS} <= {*METHODS, *VARIANTS}
-    finish(Entry("fifth", START, 0), tmp_path)
+    assert {entry.variant for entry in entries} == {*VARIANTS, HEADS, TEACHER, TEACHER_TEXT, TEXT}
+    for pair, claims in CLAIMS.items():
+        ran = {entry.variant for entry in entries if entry.pair == pair}
+        assert {claim.better for claim in claims} | {claim.worse for claim in claims} <= ran
     for entry in entries:
-        if entry.variant != HEADS:
+        if entry.variant != HEADS and not entry.trained:
             assert Experiment.model_validate_json(experiment(entry).model_dump_json()) == experiment(entry)
+
+
+def test_a_run_waits_for_what_it_begins_with_and_for_its_teacher(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("RAYKD_RUNS", str(tmp_path))
+    kd, start, text = (Entry("dolly", variant, 1) for variant in ("kd", START, TEXT))
+    teacher, teacher_text = (Entry("dolly", variant, 0) for variant in (TEACHER, TEACHER_TEXT))
+    assert (kd.needs, start.needs, teacher.needs) == ([start, teacher], [text, teacher], [teacher_text])
+    assert text.ready and teacher_text.ready and not (teacher.ready or start.ready)
+    for entry in (text, teacher_text, teacher):
+        finish(entry, tmp_path)
+    assert start.ready and not kd.ready
+    learns = experiment(start)
+    assert learns.teacher is not None and learns.teacher.path == str(teacher.student)
+    assert learns.student.path == str(text.student) and learns.student.scratch is None
+    assert Entry("half", TEACHER, 0).trained and Entry("half", START, 1).ready, "the stories' teacher is there already"
 
 
 def finish(entry: Entry, runs: Path) -> None:
     """What is left of a trained run."""
-    file = runs / "compare" / entry.name / LAST_WRITTEN
+    file = runs / "compare" / entry.name / "student" / LAST_WRITTEN
     file.parent.mkdir(parents=True)
     file.touch()
 
 
-def test_a_finished_run_is_not_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_finished_run_is_not_repeated(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("RAYKD_RUNS", str(tmp_path))
     start, kd = Entry("fifth", START, 0), Entry("fifth", "kd", 0)
     for entry in (start, kd):
@@ -212,8 +233,39 @@ def test_written_responses_end_at_eos_and_carry_the_students_log_probs(facts: Mo
     assert rollout.student_logprobs == pytest.approx(expected.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0], abs=1e-5)
 
 
-def train_quietly(run: Experiment) -> None:
-    run_in_process(run, Console(quiet=True))
+def test_prompts_of_several_lengths_are_answered_as_each_alone(facts: ModelFacts):
+    lengths = [GenerationRequest(prompt_id=str(n), sample=0, prompt_tokens=(3, 1, 4, 1, 5, 2)[:n], salt=0) for n in (2, 6, 4)]
+    rollouts = Writer(facts).generate(lengths, 0.4, max_tokens=5)
+    for request, rollout in zip(lengths, rollouts, strict=True):
+        prompt = request.prompt_tokens
+        assert rollout.prompt_tokens == prompt
+        expected = dense(facts.student, [*prompt, *rollout.tokens])[len(prompt) - 1 : -1]
+        chosen = expected.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
+        assert rollout.student_logprobs == pytest.approx(chosen, abs=1e-5)
+
+
+def test_a_student_is_measured_under_every_seed_and_the_teacher_against_nobody(
+    data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    teacher = PAIRS["fifth"].teacher
+    assert teacher is not None
+    few = questions("fifth", teacher)[:8]
+    monkeypatch.setattr("comparison.measures.questions", lambda pair, teacher: few)
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=512, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "student")
+    found = measure("fifth", str(tmp_path / "student"), teacher).suites["stories"].models["student"]
+    assert {len(found.measures[name].values) for name in ("rouge_l", "reverse_kl", "excess_error", "distinct_4")} == {4}
+    assert len(found.excess_error) == 64 and found.measures["reverse_kl"].mean > 1
+    itself = measure("fifth", teacher, teacher)
+    itself.save(tmp_path / "evaluation.json")
+    read = read_outcome(Entry("fifth", TEACHER, 0), tmp_path)
+    assert read.measures["test_loss"] < found.measures["test_loss"].mean
+    assert not {"forward_kl", "rouge_l_to_teacher"} & set(read.measures) and not read.curve
+
+
+def train_quietly(run: Experiment, reads: bool = False) -> None:
+    run_in_process(run, Console(quiet=True), reads=reads)
 
 
 @pytest.mark.stack
@@ -238,3 +290,25 @@ def test_a_run_in_one_process_learns_and_goes_on_where_it_was_interrupted(
     in_own_process(train_quietly, few[1])
     weights = [load_file(tmp_path / "compare" / name / "student" / "model.safetensors") for name in (short.name, "whole")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+@pytest.mark.stack
+def test_a_student_reads_plain_text_and_then_follows_instructions(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("RAYKD_RUNS", str(tmp_path))
+    for variant in (TEXT, TEACHER_TEXT, TEACHER, START, "gkd"):
+        run = experiment(Entry("dolly", variant, 0))
+        evaluation = run.evaluation.model_copy(update={"prompts": 4, "every": 0})
+        few = run.stages[0].model_copy(update={"steps": 4, "batch_size": 4})
+        in_own_process(
+            train_quietly, run.model_copy(update={"stages": (few,), "evaluation": evaluation}), variant in (TEXT, TEACHER_TEXT)
+        )
+    measured = {variant: held_out_of(tmp_path / "compare" / f"{variant}-dolly-0") for variant in (TEXT, TEACHER, START, "gkd")}
+    for before, after in measured.values():
+        assert after["heldout/loss"] < before["heldout/loss"]
+    assert {"heldout/forward_kl", "heldout/reverse_kl"} <= set(measured[START][1]) - set(measured[TEACHER][1])
+    assert measured["gkd"][0]["heldout/loss"] == pytest.approx(measured[START][1]["heldout/loss"], rel=1e-4)
+
+
+def held_out_of(run: Path) -> list[Line]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if "heldout/loss" in line]
