@@ -57,7 +57,7 @@ ON_DOLLY = (
     *(Claim("MiniLLM", "minillm", other, "rouge_l", True) for other in ("sft", "kd", "seq_kd")),
     *EXPOSURE,
     *(Claim("GKD", "gkd", other, "rouge_l", True) for other in ("sft", "kd", "seq_kd")),
-    *(Claim("DistiLLM", "distillm", other, "rouge_l", True) for other in ("sft", "kd", "seq_kd", "imit_kd", "minillm", "gkd")),
+    *(Claim("DistiLLM", "distillm", other, "rouge_l", True) for other in ("sft", "kd", "seq_kd", "minillm", "gkd")),
     *(Claim("DistiLLM", "distillm", other, "seconds") for other in ("minillm", "gkd")),
     *(Claim("AKL", "akl", other, "rouge_l", True) for other in ("sft", "kd", "seq_kd")),
 )

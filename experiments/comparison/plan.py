@@ -48,6 +48,8 @@ ABLATIONS: dict[str, AnyAlgorithm] = {
 """What docs/comparison.md sets beside the methods, one field apart from one of them."""
 
 LONG_RUNS = {f"{name}_long": METHODS[name] for name in ("sft", "kd", "akl", "distillm")}
+ON_DOLLY = ("kd", "akl", "gkd", "minillm", "distillm", "sft", "seq_kd")
+"""The methods of the papers' tables."""
 VARIANTS: dict[str, AnyAlgorithm] = {START: SFT(), **METHODS, **ABLATIONS, **LONG_RUNS}
 
 
@@ -118,11 +120,11 @@ def plan() -> list[Entry]:
         *of("fifth", [TEACHER], first),
         *of("fifth", [START, *METHODS]),
         *of("fifth", [HEADS, *ABLATIONS], first),
-        *of("dolly", [TEXT, START, *METHODS], first),
+        *of("dolly", [TEXT, START, *ON_DOLLY], first),
+        *of("half", [TEACHER, START, *METHODS], first),
         *of("fifth", [HEADS, *ABLATIONS], others),
-        *of("dolly", [TEXT, START, *METHODS], others),
-        *of("half", [TEACHER], first),
-        *of("half", [START, *METHODS]),
+        *of("dolly", [TEXT, START, *ON_DOLLY], others),
+        *of("half", [START, *METHODS], others),
         *of("fifth", LONG_RUNS),
     ]
 
@@ -138,8 +140,9 @@ def experiment(entry: Entry) -> Experiment:
     base = pair.experiment(VARIANTS[entry.variant], 0 if entry.variant in ABLATIONS else MEASURE_EVERY)
     fine_tuning, method = base.stages
     changes["teacher"] = Model(path=entry.teacher)
+    evaluation = base.evaluation.model_copy(update={"samples": 0})
     if entry.variant == START:
-        changes |= {"stages": (fine_tuning,), "text": None, "evaluation": base.evaluation.model_copy(update={"every": 0})}
+        changes |= {"stages": (fine_tuning,), "text": None, "evaluation": evaluation.model_copy(update={"every": 0})}
         return base.model_copy(update=changes)
     stage = Stage(
         algorithm=method.algorithm,
@@ -148,5 +151,5 @@ def experiment(entry: Entry) -> Experiment:
         optimiser=Optimiser(learning_rate=1e-3, warmup_steps=8),
     )
     text = base.text if method.algorithm.text else None
-    changes |= {"stages": (stage,), "text": text, "checkpoint_every": MEASURE_EVERY}
+    changes |= {"stages": (stage,), "text": text, "evaluation": evaluation, "checkpoint_every": MEASURE_EVERY}
     return base.model_copy(update=changes)
