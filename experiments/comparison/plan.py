@@ -136,7 +136,7 @@ def experiment(entry: Entry) -> Experiment:
     if entry.begins_with:
         changes["student"] = Model(path=str(entry.begins_with.student))
     if entry.variant in pair.made:
-        return pair.made[entry.variant].model_copy(update=changes)
+        return pair.made[entry.variant].model_copy(update=changes | {"checkpoint_every": MEASURE_EVERY})
     base = pair.experiment(VARIANTS[entry.variant], 0 if entry.variant in ABLATIONS else MEASURE_EVERY)
     fine_tuning, method = base.stages
     changes["teacher"] = Model(path=entry.teacher)
