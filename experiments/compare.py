@@ -1,11 +1,11 @@
-"""Every method on the stories pair, side by side, with the ablations behind the papers' findings: docs/comparison.md.
+"""Every method on three pairs of teacher and student, with the ablations behind the papers' findings: docs/comparison.md.
 
     fine-tuning -> student -> every method from that student -> measures of what it became -> tables, figures, findings
 
     python experiments/compare.py                # what is missing; interrupt it at will, a run goes on from its last checkpoint
     python experiments/compare.py --only report  # reads what is there
 
-One fine-tuning for each size and seed; everything else of that size and seed goes on from its student, with the same prompts,
+One fine-tuning for each pair and seed; everything else of that pair and seed goes on from its student, with the same prompts,
 rate, batch and steps. The rate is constant after its warm-up, so no step knows how many will follow (but for the schedules of
 DistiLLM and DistiLLM-2, which are parts of a whole): a curve cut anywhere is the shorter run, and shows the student after equal
 time as well. Two runs at a time, each in one process and one thread (comparison/in_process.py).

@@ -39,7 +39,7 @@ def trade_off(methods: Groups) -> str:
 def exposure(methods: Groups) -> str:
     """ExAccErr over the length, mean over seeds."""
     series = {
-        name: [(length + 1, fmean(values)) for length, values in enumerate(zip(*(o.excess_error for o in group), strict=True))]
+        name: [(length + 1, fmean(values)) for length, values in enumerate(zip(*(o.excess_error for o in group), strict=False))]
         for name, group in methods.items()
     }
     return drawn(series, "tokens", "ExAccErr, %", dots=False)

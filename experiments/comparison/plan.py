@@ -121,10 +121,10 @@ def plan() -> list[Entry]:
         *of("fifth", [START, *METHODS]),
         *of("fifth", [HEADS, *ABLATIONS], first),
         *of("dolly", [TEXT, START, *ON_DOLLY], first),
-        *of("half", [TEACHER, START, *METHODS], first),
         *of("fifth", [HEADS, *ABLATIONS], others),
         *of("dolly", [TEXT, START, *ON_DOLLY], others),
-        *of("half", [START, *METHODS], others),
+        *of("half", [TEACHER], first),
+        *of("half", [START, *METHODS]),
         *of("fifth", LONG_RUNS),
     ]
 
