@@ -76,7 +76,7 @@ PAIRS: Mapping[str, Pair] = {
         ),
         questions=_of_suite,
         decoding=Decoding(seeds=(10, 20, 30)),
-        level=2.0,
+        level=0.35,
         made={
             TEACHER_TEXT: small_dolly.reading(small_dolly.TEACHER, 350, 3e-3),
             TEACHER: small_dolly.following(small_dolly.TEACHER, 250, 1e-3),
