@@ -135,13 +135,13 @@ def weighted_loss(
 def halves(wanted: bool) -> Iterator[None]:
     """On a CPU, float32 matrices are multiplied from their values in bfloat16 and summed in float32: exact where they hold no
     others, two to three times as fast where the CPU multiplies bfloat16, as before elsewhere. On CUDA ``mm`` has an argument."""
-    if wanted:
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"  # pyright: ignore[reportAttributeAccessIssue]
+    products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
+    before = products.fp32_precision
+    products.fp32_precision = "bf16" if wanted else before
     try:
         yield
     finally:
-        if wanted:
-            torch.backends.mkldnn.matmul.fp32_precision = "none"  # pyright: ignore[reportAttributeAccessIssue]
+        products.fp32_precision = before
 
 
 @torch.no_grad()

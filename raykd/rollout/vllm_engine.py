@@ -157,11 +157,10 @@ def start_engine(model: str, config: EngineSettings) -> "LLMEngine":
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
     }
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() and config.tensor_parallel == 1:  # other processes ask for it before they could import it
         from raykd.rollout.cpu_norms import PROVIDER
 
-        if config.tensor_parallel == 1:  # other processes ask for the provider before they could import it
-            arguments["ir_op_priority"] = {"rms_norm": [PROVIDER], "fused_add_rms_norm": [PROVIDER]}
+        arguments["ir_op_priority"] = {"rms_norm": [PROVIDER], "fused_add_rms_norm": [PROVIDER]}
     engine = start(model, config, arguments)
     engine.collective_rpc("init_weight_transfer_engine", args=({"vocab_size": config.vocab_size},))
     if current_platform.is_cpu():
