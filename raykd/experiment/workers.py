@@ -1,0 +1,121 @@
+"""What each kind of worker is told, beside the models."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from raykd.experiment.value import Dtype, Positive, Value
+
+
+class EngineConfig(Value):
+    """One vLLM engine."""
+
+    dtype: Dtype = "bfloat16"
+    tensor_parallel: Positive = 1
+    memory: float = Field(default=0.9, gt=0, le=1)
+    """Share of a GPU's memory for weights and KV cache."""
+    cpu_cache_gib: float = Field(default=1.0, gt=0)
+    """KV cache on machines without a GPU, GiB."""
+    max_sequences: Positive = 256
+    """Sequences decoded together."""
+    threads: Positive = 1
+    """CPU threads of the engine, where there is no GPU."""
+    deadline_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for one response."""
+
+
+class _Replicas(Value):
+    """Interchangeable workers with vLLM engines."""
+
+    replicas: Positive = 1
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of each replica; 0 runs on CPU."""
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _a_gpu_each(self) -> Self:
+        if 0 < self.gpus < self.engine.tensor_parallel:
+            raise ValueError(
+                f"engine.tensor_parallel {self.engine.tensor_parallel} takes as many GPUs, gpus gives a replica {self.gpus:g}; "
+                "change one of them"
+            )
+        return self
+
+
+class RolloutConfig(_Replicas):
+    """Student engines that write responses."""
+
+
+class TeacherConfig(_Replicas):
+    """Workers that score responses, and write the teacher's tokens where an algorithm mixes."""
+
+    backend: Literal["transformers", "vllm"] = "transformers"
+    """What computes the teacher's hidden states. "vllm" is a pooling engine: tensor parallelism, quantised checkpoints."""
+    dtype: Dtype = "bfloat16"
+    batch_tokens: Positive = 16384
+    """Positions of one scoring forward pass, padding included."""
+    chunk: Positive = 1024
+    """Positions whose distributions exist at the same time."""
+    payload: Literal["auto", "hidden", "logits"] = "auto"
+    """What travels of a distribution: the last hidden state or the logits, both exact; "auto" sends the fewer bytes."""
+    engine: EngineConfig = EngineConfig(memory=0.5)
+    """Of the engine that writes, started only where an algorithm mixes teacher tokens in, and of the one that scores for the
+    back end "vllm", in the scorer's ``dtype``: two engines, each with these settings and its own copy of the weights."""
+    threads: Positive = 1
+
+
+class FunctionReward(Value):
+    """A Python function ``reward(prompts: list[str], responses: list[str]) -> list[float]``."""
+
+    kind: Literal["function"] = "function"
+    name: str = Field(pattern=r"^[^:]+:[A-Za-z_]\w*$")
+    """``package.module:function`` or ``folder/file.py:function``, importable where the workers run."""
+    deadline_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for the rewards of a phase."""
+
+
+class ClassifierReward(Value):
+    """A Hugging Face sequence classifier on prompt and response: the log-probability of one label, or its single logit."""
+
+    kind: Literal["classifier"] = "classifier"
+    path: str
+    """Folder or Hub name."""
+    label: int = Field(default=0, ge=0)
+    batch_size: Positive = 16
+    deadline_s: float = Field(default=1800.0, gt=0)
+    """Longest wait for the rewards of a phase."""
+
+
+RewardConfig = Annotated[FunctionReward | ClassifierReward, Field(discriminator="kind")]
+
+
+class LoRA(Value):
+    """Low-rank adaptation (arXiv 2106.09685): of a layer's weight W + (alpha / rank) B A, only A and B are learned."""
+
+    rank: int = Field(default=0, ge=0)
+    """Of the update of each adapted layer, e.g. 16; 0 learns all weights and no adapters."""
+    alpha: float = Field(default=64.0, gt=0)
+    """That of DistiLLM's public code, for rank 16."""
+    targets: tuple[str, ...] = ()
+    """Linear layers to adapt, by the last part of their names, e.g. q_proj and v_proj; none named: all but the head, as
+    QLoRA found necessary (arXiv 2305.14314, section 4)."""
+
+
+class LearnerConfig(Value):
+    """DeepSpeed ranks."""
+
+    ranks: Positive = 1
+    gpus: float = Field(default=0.0, ge=0)
+    """GPUs of each rank; 0 runs on CPU."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    dtype: Dtype = "bfloat16"
+    micro_batch: Positive = 8
+    """Sequences of one forward and backward pass on one rank."""
+    chunk: Positive = 1024
+    """Positions whose distributions exist at the same time."""
+    lora: LoRA = LoRA()
+    activation_checkpointing: bool = False
+    offload_optimiser: bool = False
+    threads: Positive = 1
+    deadline_s: float = Field(default=1800.0, gt=0)
+    """Longest wait of one rank for another."""
