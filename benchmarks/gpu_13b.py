@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd.algorithms import GKD
 from raykd.algorithms.base import Needs
-from raykd.algorithms.gkd import ReverseKL
+from raykd.algorithms.token_divergences import ReverseKL
 from raykd.collate import LossTerm
 from raykd.experiment import LearnerConfig, Optimiser, TeacherConfig
 from raykd.learner import Learner

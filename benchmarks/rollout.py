@@ -1,8 +1,8 @@
 """Tokens per second of student, teacher and teacher-mixed responses on vLLM, beside a Hugging Face lockstep mixture.
 
-    python benchmarks/rollout.py [--batches 8 32 128] [--repeats 5]
+    python benchmarks/rollout.py [--batches 8 32 128] [--repeats 5] [--dtype bfloat16]
 
-Random-weight Llamas of 16M and 53M parameters over GPT-2's vocabulary of 50,257, float32; prompts of 32 tokens, responses of 64,
+Random-weight Llamas of 16M and 53M parameters over GPT-2's vocabulary of 50,257; prompts of 32 tokens, responses of 64,
 a fifth of the tokens from the teacher. Each engine has a process and one thread, as in a run; the lockstep mixture, which feeds
 every token to both models and samples from their mixed probabilities, has two threads while the engines rest. All take turns
 within each repeat, medians are reported.
@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from raykd.actors import ModelFacts, RolloutActor, TeacherActor
 from raykd.experiment import EngineConfig, TeacherConfig
+from raykd.fleet import environment
 from raykd.rollout.requests import GenerationRequest
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -91,9 +92,9 @@ class Verifier:
 class Lockstep:
     """Both models in Hugging Face's code, token by token."""
 
-    def __init__(self, student: str, teacher: str) -> None:
+    def __init__(self, student: str, teacher: str, dtype: str) -> None:
         torch.set_num_threads(2)
-        self._models: list[Any] = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (student, teacher)]
+        self._models: list[Any] = [AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for path in (student, teacher)]
 
     @torch.inference_mode()
     def write(self, prompts: Prompts) -> None:
@@ -105,7 +106,7 @@ class Lockstep:
                 for model, cache in zip(self._models, caches, strict=True)
             ]
             caches = [step.past_key_values for step in steps]
-            q, p = (step.logits[:, -1].softmax(-1) for step in steps)
+            q, p = (step.logits[:, -1].float().softmax(-1) for step in steps)
             tokens = torch.multinomial(SHARE * p + (1 - SHARE) * q, 1)
 
 
@@ -121,7 +122,7 @@ def build(name: str, folder: Path) -> str:
     return str(folder / name)
 
 
-def start(folder: Path) -> tuple[Any, Any, Any]:
+def start(folder: Path, dtype: str) -> tuple[Any, Any, Any]:
     """Student, teacher and lockstep mixture, each in a process of its own."""
     facts = ModelFacts(
         student=build("student", folder),
@@ -131,15 +132,15 @@ def start(folder: Path) -> tuple[Any, Any, Any]:
         max_length=PROMPT + RESPONSE + 1,
         seed=0,
     )
-    engine = EngineConfig(dtype="float32")
+    engine = EngineConfig(dtype=dtype)
 
     def create(actor_class: type, *arguments: Any, threads: int = 1) -> Any:
-        env = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
+        env = {"env_vars": environment(threads, on_cpu=True)}
         return ray.remote(actor_class).options(num_cpus=0, runtime_env=env).remote(*arguments)
 
     student = create(Student, engine, facts)
-    teacher = create(Teacher, TeacherConfig(dtype="float32", engine=engine), facts, True)
-    lockstep = create(Lockstep, facts.student, facts.teacher, threads=2)
+    teacher = create(Teacher, TeacherConfig(dtype=dtype, engine=engine), facts, True)
+    lockstep = create(Lockstep, facts.student, facts.teacher, dtype, threads=2)
     ray.get([student.ping.remote(), teacher.ping.remote()])
     return student, teacher, lockstep
 
@@ -176,15 +177,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
     ray.init("local", log_to_driver=False)
-    actors = start(Path(tempfile.mkdtemp(prefix="raykd-rollout-")))
+    actors = start(Path(tempfile.mkdtemp(prefix="raykd-rollout-")), options.dtype)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     table = Table("batch", "student", "teacher", "mixed", "drafted", "lockstep", "mixed / teacher", "mixed / lockstep")
     for batch in options.batches:
         rates = measure(actors, batch, options.repeats)
-        results[str(batch)] = {"repeats": options.repeats, "tokens_per_second": rates}
+        results[f"{options.dtype} {batch}"] = {"repeats": options.repeats, "tokens_per_second": rates}
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
         ratios = (f"{rates['mixed'] / rates[other]:.2f}x" for other in ("teacher", "lockstep"))
         table.add_row(str(batch), *(f"{rate:,.0f}" for rate in rates.values()), *ratios)

@@ -87,7 +87,7 @@ def dtype_of(folder: Path) -> str:
 def raykd(folder: Path, max_staleness: int = 0) -> dict[str, Any]:
     """The product's own run."""
     from raykd.algorithms import GKD
-    from raykd.algorithms.gkd import ReverseKL
+    from raykd.algorithms.token_divergences import ReverseKL
     from raykd.experiment import (
         EngineConfig,
         EvaluationConfig,
@@ -246,7 +246,7 @@ def _our_loss(folder: Path, texts: list[list[list[int]]], dtype: Any) -> tuple[f
     """As a learner's rank computes it from what a teacher's worker sends."""
     from raykd.algorithms import GKD
     from raykd.algorithms.base import Needs
-    from raykd.algorithms.gkd import ReverseKL
+    from raykd.algorithms.token_divergences import ReverseKL
     from raykd.collate import collate
     from raykd.experiment import TeacherConfig
     from raykd.records import Rollout, Row, Source, Totals

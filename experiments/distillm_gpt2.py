@@ -17,7 +17,7 @@ from typing import NamedTuple
 from dolly import SMALL, TRAINING_ROWS, dolly, epochs, first_sft
 
 from raykd.algorithms import DistiLLM
-from raykd.algorithms.gkd import SkewForwardKL, SkewReverseKL
+from raykd.algorithms.token_divergences import SkewForwardKL, SkewReverseKL
 from raykd.cli import main
 from raykd.experiment import Experiment
 

@@ -66,6 +66,7 @@ class Learner:
             dtype=getattr(torch, config.dtype),
             vocab_size=vocab_size,
             chunk=config.chunk,
+            compiled=config.compiled,
             teacher_head=None if teacher_head is None else _on(teacher_head, self.device),
             sharded=zero_stage(config) == 3,
             activation_checkpointing=config.activation_checkpointing,

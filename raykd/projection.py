@@ -16,7 +16,7 @@ of its W h. Memory: W h of a chunk for both models, a few tiles, and the gradien
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +35,9 @@ CHUNK_ELEMENTS = {"cpu": 15 * 2**19, "cuda": 2**25}
 the system at once, and getting it again page by page takes longer than computing on it."""
 TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
 """Most logits that are reduced at a time: on a CPU 4 MiB, so that the many passes between logits and slope stay in its cache."""
+
+PROGRAMS = 64
+"""Compiled ones that are kept: an algorithm has several, with and without gradient, for the first tile of a chunk and others."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,23 +90,18 @@ def weighted_loss(
     teacher_head: Head | None = None,
     probe: Probe | None = None,
     chunk: int | None = None,
+    compiled: bool = False,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """sum_n weights_n loss_n of ``reduce``, and the sums of its other entries, which have no gradient.
 
     ``hidden`` is ``[N, H]``, ``tokens`` and ``weights`` are ``[N]``; the loss is differentiable once, to ``hidden`` and to weight
     and bias of ``head``. The teacher comes as its hidden states ``[N, H]`` with ``teacher_head``, as its logits ``[N, V]`` or
     most probable tokens without, or not at all. With ``probe`` it is compared on the way: ValueError when it is not the teacher's
-    own distribution. A chunk is ``chunk`` positions at most.
+    own distribution. A chunk is ``chunk`` positions at most. ``compiled``: what lies between the products is, by torch.compile.
     """
     gradients = _Gradients.of(hidden, head)
     totals: dict[str, Tensor] = {}
     rebuilt = unwritten(tokens)
-
-    def sums(product: Tensor, teacher: Tensor | None, at: slice) -> dict[str, Tensor]:
-        facts = {name: values[at] for name, values in (given or {}).items()}
-        values = reduce(torch.log_softmax(student.logits(product), dim=-1), teacher, tokens[at], facts)
-        values["loss"] = values["loss"] * weights[at].to(product.dtype)
-        return {name: value.sum() for name, value in values.items()}
 
     def take(rows: slice) -> None:
         """A function, so that nothing of one chunk is alive in the next."""
@@ -112,10 +110,18 @@ def weighted_loss(
         teacher_product = None if teacher_states is None else _product_of(teacher_states, rows, guide, vocab_size)
         for at in _slices(rows.start, rows.stop, _positions(TILE_ELEMENTS, hidden, vocab_size)):
             tile = slice(at.start - rows.start, at.stop - rows.start)
-            teacher = None
-            if teacher_product is not None:
-                teacher = _teacher(teacher_product[tile], guide, tokens[at], vocab_size, rebuilt.rows(at))
-            for name, value in _differentiate(product[tile], partial(sums, teacher=teacher, at=at), gradients.wanted).items():
+            sums = partial(
+                _compiled() if compiled else _sums,
+                teacher=None if teacher_product is None else teacher_product[tile],
+                tokens=tokens[at].clone(),  # so that none begins inside another: compiled programs look at that
+                weights=weights[at].clone(),
+                given={name: values[at].clone() for name, values in (given or {}).items()},
+                probe=rebuilt.rows(at),
+                reduce=reduce,
+                heads=(student, guide),
+                vocab_size=vocab_size,
+            )
+            for name, value in _differentiate(product[tile], sums, gradients.wanted).items():
                 totals[name] = totals.get(name, 0.0) + value
         if gradients.wanted:
             with halves(student.widened):
@@ -165,6 +171,33 @@ def teacher_top(states: Tensor, head: Head, k: int, vocab_size: int, chunk: int 
         others = logprobs.scatter_(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
         found.append(Top(tokens.int(), torch.cat([values, others], -1).float()))
     return Top(torch.cat([top.tokens for top in found]), torch.cat([top.logprobs for top in found]))
+
+
+def _sums(
+    product: Tensor,
+    *,
+    teacher: Tensor | None,
+    tokens: Tensor,
+    weights: Tensor,
+    given: dict[str, Tensor],
+    probe: Probe,
+    reduce: Reduce,
+    heads: tuple[Head, Head | None],
+    vocab_size: int,
+) -> dict[str, Tensor]:
+    """Of a tile, everything between the products: what it adds to every total, and in ``probe`` what it shows of the teacher."""
+    student, guide = heads
+    logprobs = None if teacher is None else _teacher(teacher, guide, tokens, vocab_size, probe)
+    values = reduce(torch.log_softmax(student.logits(product), dim=-1), logprobs, tokens, given)
+    values["loss"] = values["loss"] * weights.to(product.dtype)
+    return {name: value.sum() for name, value in values.items()}
+
+
+@cache
+def _compiled() -> Callable[..., dict[str, Tensor]]:
+    """A program for each algorithm, for tiles of any height; few, so that all are kept."""
+    torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)  # pyright: ignore
+    return torch.compile(_sums, dynamic=True)
 
 
 def _differentiate(product: Tensor, sums: Callable[[Tensor], dict[str, Tensor]], wanted: bool) -> dict[str, Tensor]:

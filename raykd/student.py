@@ -67,6 +67,7 @@ class StudentHead(nn.Module):
         given: dict[str, Tensor],
         vocab_size: int,
         chunk: int | None,
+        compiled: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``[N, H], [N]`` to the weighted loss and the sum of every metric; ValueError when the teacher's own log-probs cannot be
         rebuilt from its scores."""
@@ -82,6 +83,7 @@ class StudentHead(nn.Module):
             teacher_head=self.teacher_head() if micro.needs_head else None,
             probe=Probe(micro.log_normaliser, micro.logprobs),
             chunk=chunk,
+            compiled=compiled,
         )
 
 
@@ -102,6 +104,7 @@ class Student(nn.Module):
         teacher_head: Head | None,
         activation_checkpointing: bool,
         sharded: bool = False,
+        compiled: bool = False,
         lora: LoRA | None = None,
     ) -> None:
         """``sharded``: ZeRO-3 will spread the parameters over the ranks, the teacher's head among them."""
@@ -117,7 +120,7 @@ class Student(nn.Module):
         sharded = sharded and teacher_head is not None and teacher_head.weight.dtype == dtype
         output = _linear_head(self.model, folder, vocab_size)
         self.output = StudentHead(output, *logit_scale_and_softcap(config), teacher_head, sharded=sharded)
-        self._vocab_size, self._chunk = vocab_size, chunk
+        self._vocab_size, self._chunk, self._compiled = vocab_size, chunk, compiled
         self._verify_head(folder)
         self.lay = packed if can_pack(self.model) else padded
         self._state = self.model.state_dict(keep_vars=True)
@@ -139,6 +142,7 @@ class Student(nn.Module):
             given={name: values_BT[tokens_N] for name, values_BT in (per_sequence | recorded_logprobs(micro.batch)).items()},
             vocab_size=self._vocab_size,
             chunk=self._chunk,
+            compiled=self._compiled,
         )
         return loss, {name: value / max(1, micro.batch.totals.tokens) for name, value in sums.items()}
 

@@ -8,7 +8,7 @@ from statistics import fmean
 
 from raykd.algorithms import GKD, KD, SFT
 from raykd.algorithms.base import Needs
-from raykd.algorithms.gkd import ReverseKL
+from raykd.algorithms.token_divergences import ReverseKL
 from raykd.evaluation.diversity import distinct_n
 from raykd.evaluation.rouge import rouge_l
 from raykd.experiment import HIGHER_IS_BETTER, Experiment, Stage

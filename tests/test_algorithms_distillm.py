@@ -24,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from raykd.algorithms import SFT, AdaptiveSchedule, AdaptiveState, AnyAlgorithm, DistiLLM, Mixture, Needs, Progress
 from raykd.algorithms.base import Reduction, Replay, TextTerm
 from raykd.algorithms.distillm import SkewKL
-from raykd.algorithms.gkd import SkewForwardKL, SkewReverseKL
+from raykd.algorithms.token_divergences import SkewForwardKL, SkewReverseKL
 from raykd.records import Source
 
 BOTH: list[SkewKL] = [SkewForwardKL(), SkewReverseKL()]

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from raykd.algorithms import GKD, KD, ImitKD, Needs, Progress
 from raykd.algorithms.base import Mixture, Reduction
-from raykd.algorithms.gkd import (
+from raykd.algorithms.token_divergences import (
     JSD,
     AdaptiveKL,
     AlphaBeta,

@@ -12,7 +12,7 @@ from rich.console import Console
 from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama, save_teacher
 
 from raykd.algorithms import AKL, GKD, OPD, AdaptiveSchedule, DistiLLM, DistiLLM2, MiniLLM, SeqKD
-from raykd.algorithms.gkd import ReverseKL
+from raykd.algorithms.token_divergences import ReverseKL
 from raykd.experiment import (
     EvaluationConfig,
     Experiment,

@@ -1,5 +1,6 @@
 """The chunked loss beside dense autograd, and the integrity check of teacher scores."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from raykd import projection
 from raykd.algorithms import AKL, GKD, KD, OPD, SFT, Algorithm, DistiLLM, MiniLLM, SeqKD
-from raykd.algorithms.gkd import AnyDivergence
+from raykd.algorithms.token_divergences import AnyDivergence
 from raykd.divergences import reverse_kl
 from raykd.payloads import Probe
 from raykd.projection import Head, halves, teacher_probe, weighted_loss
@@ -423,3 +424,19 @@ def test_every_defect_is_refused_with_its_likely_cause(defect: str, cause: str, 
     sent = states.get(defect, hidden)
     with pytest.raises(ValueError, match=cause):
         case.chunked(GKD(), teacher_states=sent, teacher_head=heads.get(defect, head), probe=probe, chunk=5)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
+@pytest.mark.parametrize("algorithm", [GKD(reward_weight=0.3), MiniLLM()], ids=named)
+def test_compiled_is_the_same(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(projection.TILE_ELEMENTS, "cpu", 2 * V)
+    case = Case(dtype=torch.float32)
+    (loss, sums), (expected, expected_sums) = (case.chunked(algorithm, chunk=5, compiled=compiled) for compiled in (True, False))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(sums, expected_sums)
+    for got, wanted in zip(gradients(loss, case), gradients(expected, case), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs > 0, "nothing was compiled"
+    case.chunked(algorithm, chunk=5, compiled=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled a second time"

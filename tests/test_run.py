@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from raykd.actors import ModelFacts, within_reach
 from raykd.algorithms import GKD, KD, SFT, MiniLLM
 from raykd.algorithms.base import Needs
-from raykd.algorithms.gkd import ReverseKL
+from raykd.algorithms.token_divergences import ReverseKL
 from raykd.experiment import (
     EvaluationConfig,
     Experiment,

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from raykd.algorithms import GKD
 from raykd.algorithms.base import Needs
-from raykd.algorithms.gkd import JSD, ForwardKL, OfDistributions, ReverseKL, TopK
+from raykd.algorithms.token_divergences import JSD, ForwardKL, OfDistributions, ReverseKL, TopK
 from raykd.collate import collate
 from raykd.experiment import TeacherConfig
 from raykd.payloads import payload_bytes

@@ -10,7 +10,7 @@ from stories import stories
 from comparison.gaps import GAPS
 from comparison.pairs import PAIRS, START, TEACHER, TEACHER_TEXT, TEXT
 from raykd.algorithms import GKD, SFT, AdaptiveSchedule, AnyAlgorithm, DistiLLM
-from raykd.algorithms.gkd import ForwardKL, Jeffreys, ReverseKL, SkewForwardKL, SkewReverseKL
+from raykd.algorithms.token_divergences import ForwardKL, Jeffreys, ReverseKL, SkewForwardKL, SkewReverseKL
 from raykd.experiment import Experiment, Model, Optimiser, Stage, TrackingConfig
 from raykd.report.folders import EVALUATION
 

@@ -4,7 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from raykd.algorithms.gkd import GKD, AdaptiveKL, NamedGKD
+from raykd.algorithms.gkd import GKD, NamedGKD
+from raykd.algorithms.token_divergences import AdaptiveKL
 from raykd.divergences import Boundary
 
 

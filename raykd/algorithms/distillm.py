@@ -8,8 +8,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from raykd.algorithms.base import Mixture, Progress, Replay, TextTerm
-from raykd.algorithms.gkd import GKD, NamedGKD, SkewForwardKL, SkewReverseKL
+from raykd.algorithms.gkd import GKD, NamedGKD
 from raykd.algorithms.sft import SFT
+from raykd.algorithms.token_divergences import SkewForwardKL, SkewReverseKL
 from raykd.records import Row, Source
 
 SkewKL = Annotated[SkewForwardKL | SkewReverseKL, Field(discriminator="kind")]

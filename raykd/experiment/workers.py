@@ -113,6 +113,8 @@ class LearnerConfig(Value):
     """Sequences of one forward and backward pass on one rank."""
     chunk: Positive = 1024
     """Positions whose distributions exist at the same time."""
+    compiled: bool = False
+    """What is computed over the vocabulary is compiled by torch.compile, 10 s for each algorithm; takes a C++ compiler."""
     lora: LoRA = LoRA()
     activation_checkpointing: bool = False
     offload_optimiser: bool = False
