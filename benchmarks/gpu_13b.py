@@ -17,8 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from statistics import median
 from typing import Any
 
@@ -108,7 +110,7 @@ class Bench:
         positions, responses = self._positions()
         return {"tokens": positions, "flops": self._forward(self.scale.teacher, positions, responses)}
 
-    def project(self) -> dict[str, Any]:
+    def project(self, *, compiled: bool = False) -> dict[str, Any]:
         """Reverse KL of two heads, forward and backward."""
         _, count = self._positions()
         head, width = self.teacher.head(), self.scale.student["hidden_size"]
@@ -126,6 +128,7 @@ class Bench:
             vocab_size=self.scale.vocab_size,
             teacher_states=states,
             teacher_head=Head(weight=head.weight.to(self.device)),
+            compiled=compiled,
         )
         loss.backward()
         flops = 2 * count * self.scale.vocab_size * (3 * width + self.scale.teacher["hidden_size"])
@@ -270,6 +273,8 @@ def main() -> None:
     rate = flops_rate(bench.device, getattr(torch, scale.dtype))
     bench.start_teacher()
     rows = {"score": timed(bench.score, rate), "projection": timed(bench.project, rate)}
+    if which("cc"):
+        rows["projection, compiled"] = timed(partial(bench.project, compiled=True), rate)
     bench.start_learner()
     rows["learner step"] = timed(bench.learn, rate)
     bench.learner.close()
