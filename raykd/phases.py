@@ -20,7 +20,7 @@ from raykd.experiment import Experiment, Stage
 from raykd.prompts import PromptStream
 from raykd.records import Prompt, Rollout, Row
 from raykd.weights import WeightUpdate
-from raykd.workers import Workers, dataset_rollouts
+from raykd.workers import Workers
 
 
 @dataclass(slots=True)
@@ -136,7 +136,7 @@ class Phases:
         return _Asked(self._prompts.take(num_given * samples), by_student, by_teacher, mixture)
 
     def _write(self, asked: _Asked, update: WeightUpdate | None, salt: int) -> list[Rollout]:
-        rollouts = dataset_rollouts(asked.given)
+        rollouts = [Rollout.reference(prompt) for prompt in asked.given]
         for prompts, teacher_share in ((asked.by_student, asked.mixture.teacher_share), (asked.by_teacher, 1.0)):
             if prompts:
                 rollouts += self._workers.generate(

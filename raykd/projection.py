@@ -196,7 +196,7 @@ def _sums(
 @cache
 def _compiled() -> Callable[..., dict[str, Tensor]]:
     """A program for each algorithm, for tiles of any height; few, so that all are kept."""
-    torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)  # pyright: ignore
+    torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
     return torch.compile(_sums, dynamic=True)
 
 

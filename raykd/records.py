@@ -64,6 +64,18 @@ class Rollout:
     finished: bool = True
     """False when the length limit cut the response: a cut response is not an ended one."""
 
+    @classmethod
+    def reference(cls, prompt: Prompt) -> "Rollout":
+        """The data set's own answer to a prompt."""
+        return cls(
+            prompt_id=prompt.id,
+            sample=0,
+            prompt_tokens=prompt.tokens,
+            tokens=prompt.response,
+            source=Source.DATASET,
+            finished=prompt.finished,
+        )
+
     def __post_init__(self) -> None:
         if self.student_logprobs is not None and len(self.student_logprobs) != len(self.tokens):
             raise ValueError(

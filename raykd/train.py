@@ -21,10 +21,11 @@ from raykd.algorithms.base import Algorithm
 from raykd.experiment import Experiment, Optimiser, Stage
 from raykd.phases import Phase, Phases, Position, assess
 from raykd.prompts import Data
+from raykd.records import Rollout
 from raykd.tracking import Tracker
 from raykd.usage import shares
 from raykd.validation import keep_best, measure, restore_best, summary
-from raykd.workers import Term, Workers, dataset_rollouts
+from raykd.workers import Term, Workers
 
 
 def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker, run: Path, at: Position) -> dict[str, float]:
@@ -84,7 +85,7 @@ def text_terms(stage: Stage, workers: Workers, data: Data) -> list[Term]:
     text = stage.algorithm.text
     if text is None or data.text is None:
         return []
-    chunks = dataset_rollouts(data.text.take(stage.batch_size))
+    chunks = [Rollout.reference(chunk) for chunk in data.text.take(stage.batch_size)]
     return [Term(algorithm=text.algorithm, rows=workers.score(chunks, text.algorithm.needs), weight=text.weight)]
 
 

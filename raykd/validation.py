@@ -16,7 +16,7 @@ from raykd.phases import Position
 from raykd.prompts import Data
 from raykd.records import Rollout, Source
 from raykd.tracking import Tracker
-from raykd.workers import Term, Workers, dataset_rollouts, unscored
+from raykd.workers import Term, Workers, unscored
 
 
 def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker, at: Position) -> dict[str, float]:
@@ -25,7 +25,7 @@ def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Track
     if not data.held_out:
         return {}
     started = time.monotonic()
-    given = dataset_rollouts([prompt for prompt in data.held_out if prompt.response])
+    given = [Rollout.reference(prompt) for prompt in data.held_out if prompt.response]
     metrics: dict[str, float] = {}
     if given:
         metrics["loss"] = workers.evaluate([Term(algorithm=SFT(), rows=unscored(given))])["loss"]

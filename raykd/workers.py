@@ -14,7 +14,7 @@ from raykd.algorithms.base import Algorithm, Needs
 from raykd.collate import LossTerm, deal
 from raykd.experiment import Experiment, Optimiser
 from raykd.fleet import RESTARTS, START_DEADLINE_S, Fleet, LearnerGang, Placement, get
-from raykd.records import Prompt, Rollout, Row, Source, Totals
+from raykd.records import Prompt, Rollout, Row, Totals
 from raykd.replay import ReplayBuffer
 from raykd.rollout.requests import GenerationRequest
 from raykd.usage import Usage
@@ -227,14 +227,6 @@ class Workers:
             for rank, rows in enumerate(deal(list(term.rows), len(self.learner.ranks))):
                 per_rank[rank].append(LossTerm(algorithm=term.algorithm, rows=rows, totals=totals, weight=term.weight))
         return per_rank
-
-
-def dataset_rollouts(prompts: Sequence[Prompt]) -> list[Rollout]:
-    """The data set's own answers as rollouts."""
-    return [
-        Rollout(prompt_id=p.id, sample=0, prompt_tokens=p.tokens, tokens=p.response, source=Source.DATASET, finished=p.finished)
-        for p in prompts
-    ]
 
 
 def unscored(rollouts: Sequence[Rollout]) -> list[Row]:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from raykd.evaluation.exposure_bias import excess_error
-from raykd.evaluation.likelihood import Scorer, Texts, kl_per_token, label_probabilities, reference_rollout, score
+from raykd.evaluation.likelihood import Scorer, Texts, kl_per_token, label_probabilities, score
 from raykd.evaluation.suites import LabelQuestion
 from raykd.experiment import TeacherConfig
 from raykd.records import Prompt, Rollout, Source
@@ -115,7 +115,7 @@ def test_label_probabilities_are_the_words_likelihoods_without_eos(pair: tuple[s
     for row, question in enumerate(asked):
         likelihoods = []
         for prompt, word in zip(question.prompts, words, strict=True):
-            logprobs = dense(pair[0], reference_rollout(prompt))
+            logprobs = dense(pair[0], Rollout.reference(prompt))
             likelihoods.append(math.exp(sum(float(logprobs[t, token]) for t, token in enumerate(word))))
         assert found[row].tolist() == pytest.approx([value / sum(likelihoods) for value in likelihoods], rel=1e-4)
     measures = score(pair[0], None, CONFIG, VOCABULARY, {}, {"labels": asked})["labels"].measures

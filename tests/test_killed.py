@@ -17,7 +17,7 @@ from raykd.experiment import Experiment, LearnerConfig, Model, Optimiser, Rollou
 from raykd.prompts import Documents, Pairs, eos_id
 from raykd.records import Rollout, Source
 from raykd.run import connect
-from raykd.workers import Term, Workers, dataset_rollouts, unscored
+from raykd.workers import Term, Workers, unscored
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
@@ -56,7 +56,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     started = Workers(experiment, facts)
     started.begin(Optimiser(learning_rate=1e-3))
     for _ in range(2):
-        started.step([Term(algorithm=SFT(), rows=unscored(dataset_rollouts(prompts()[:16])))], 1e-3)
+        started.step([Term(algorithm=SFT(), rows=unscored([Rollout.reference(prompt) for prompt in prompts()[:16]]))], 1e-3)
     yield started
     started.close()
 

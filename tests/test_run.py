@@ -28,10 +28,10 @@ from raykd.experiment import (
     TrackingConfig,
 )
 from raykd.prompts import Documents, Pairs, eos_id
-from raykd.records import Scores, Source
+from raykd.records import Rollout, Scores, Source
 from raykd.run import Result, connect, run
 from raykd.weights import unpack, verify
-from raykd.workers import Term, Workers, dataset_rollouts, unscored
+from raykd.workers import Term, Workers, unscored
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
@@ -226,7 +226,7 @@ def test_after_a_step_the_published_weights_are_the_learners_and_the_engine_foll
     self_distillation: Workers, tmp_path: Path
 ):
     workers = self_distillation
-    rows = unscored(dataset_rollouts(prompts()[:16]))
+    rows = unscored([Rollout.reference(prompt) for prompt in prompts()[:16]])
     workers.begin(Optimiser(learning_rate=5e-3))
     for _ in range(3):
         workers.step([Term(algorithm=SFT(), rows=rows)], 5e-3)

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from comparison.pairs import PAIRS
 from raykd.evaluation.generate import write_with_transformers
-from raykd.evaluation.likelihood import Texts, reference_rollout, score
+from raykd.evaluation.likelihood import Texts, score
 from raykd.evaluation.measures import on_answers
 from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
 from raykd.evaluation.suites import Question
@@ -31,7 +31,7 @@ def measure(pair: str, student: str, teacher: str) -> Results:
     suite, asked, tokenizer = PAIRS[pair].suite, questions(pair, teacher), tokenizer_of(teacher)
     guide = teacher if student != teacher else None
     own, teachers = answers(pair, student, teacher), answers(pair, guide, teacher) if guide else []
-    texts = Texts(references=[reference_rollout(question.prompt) for question in asked], own=own, teachers=teachers)
+    texts = Texts(references=[Rollout.reference(question.prompt) for question in asked], own=own, teachers=teachers)
     found = score(student, guide, TeacherConfig(dtype="float32"), len(tokenizer), {suite.name: texts}, {})[suite.name]
     measures = on_answers(suite, asked, own, decoded(own, tokenizer), decoded(teachers, tokenizer) if guide else None)
     measures |= {name: Measured(values=values) for name, values in found.measures.items()}

@@ -15,7 +15,7 @@ from rich.console import Console
 from raykd.evaluation.generate import Decoding, in_own_process, write
 from raykd.evaluation.harness import check_harness, run_harness
 from raykd.evaluation.judge import Case, Judge, check_judge, judge_answers, summary
-from raykd.evaluation.likelihood import Likelihoods, Texts, reference_rollout, score
+from raykd.evaluation.likelihood import Likelihoods, Texts, score
 from raykd.evaluation.measures import on_answers
 from raykd.evaluation.papers import Paper, check_pair, set_papers
 from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
@@ -140,7 +140,7 @@ def likelihoods(
     paper, teacher = papers[model], evaluation.teacher if model != evaluation.teacher else None
     texts = {
         name: Texts(
-            references=[reference_rollout(question.prompt) for question in asked],
+            references=[Rollout.reference(question.prompt) for question in asked],
             own=written[model].rollouts[name],
             teachers=written[teacher].rollouts[name] if teacher else [],
         )

@@ -14,7 +14,7 @@ from raykd.evaluation.exposure_bias import excess_error
 from raykd.evaluation.suites import LabelQuestion
 from raykd.experiment import TeacherConfig
 from raykd.logprobs import log_softmax
-from raykd.records import Prompt, Rollout, Scores, Source
+from raykd.records import Prompt, Rollout, Scores
 from raykd.teacher import Teacher
 
 BLOCK = 64
@@ -121,22 +121,10 @@ def _on_labels(model: Scorer, asked: Sequence[LabelQuestion]) -> Likelihoods:
 def label_probabilities(model: Scorer, asked: Sequence[LabelQuestion]) -> Tensor:
     """P(word | prompt) among the words of each question, by the likelihood of the words' tokens; [N, C]."""
     words = [
-        reference_rollout(replace(prompt, response=_without_eos(prompt))) for question in asked for prompt in question.prompts
+        Rollout.reference(replace(prompt, response=_without_eos(prompt))) for question in asked for prompt in question.prompts
     ]
     likelihoods = torch.stack([logprobs.double().sum() for logprobs in model.logprobs(words)])
     return likelihoods.view(len(asked), -1).softmax(-1)
-
-
-def reference_rollout(prompt: Prompt) -> Rollout:
-    """The data set's own answer as a response."""
-    return Rollout(
-        prompt_id=prompt.id,
-        sample=0,
-        prompt_tokens=prompt.tokens,
-        tokens=prompt.response,
-        source=Source.DATASET,
-        finished=prompt.finished,
-    )
 
 
 def token_mean(values: Sequence[Tensor]) -> float:
