@@ -101,13 +101,17 @@ def test_a_version_written_over_is_told_from_a_damaged_one_even_by_the_same_weig
 
 @pytest.mark.parametrize("holding", [False, True], ids=["nobody holds", "readers hold"])
 def test_publishing_faster_than_is_read_tears_nothing(holding: bool):
-    """Every tensor of version v is full of v. Two readers, as slow as engines; a reading counts that passes both checks."""
+    """Every tensor of version v is full of v. Two readers, as slow as engines; a reading counts that passes both checks. Of three
+    versions one is written over at once, one in the middle of a reading and one after it."""
     shelves, newest, readings = Shelves(), [], {"whole": 0, "refused": 0, "torn": 0}
     held: dict[int, int] = {}
+    reading_s = 0.0
     ending, versions = threading.Event(), count(1)
 
     def read(reader: int) -> None:
+        nonlocal reading_s
         while not ending.is_set():
+            started = time.monotonic()
             update: WeightUpdate = newest[-1]
             held[reader] = update.version
             if newest[-1] is not update:  # the hold came too late
@@ -123,6 +127,7 @@ def test_publishing_faster_than_is_read_tears_nothing(holding: bool):
                 readings["refused"] += 1
             else:
                 readings["whole" if values == [[update.version]] * 4 else "torn"] += 1
+                reading_s = time.monotonic() - started
 
     def write(until: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 60
@@ -131,6 +136,7 @@ def test_publishing_faster_than_is_read_tears_nothing(holding: bool):
             tensors = {f"tensor {i}": torch.full((100_000,), version, dtype=torch.int32) for i in range(4)}
             alive = {version - 1, *held.values()} if holding else {version - 1}
             newest[:] = [publish(shelves, tensors, version=version, held=sorted(alive))]
+            time.sleep(version % 3 * (reading_s or 0.1))
 
     write(lambda: bool(newest))
     readers = [threading.Thread(target=read, args=(reader,)) for reader in range(2)]
