@@ -16,7 +16,6 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ray
@@ -26,11 +25,11 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd.rollout.config import EngineSettings
-from raykd.weights import Shelves, WeightUpdate
+from raykd.weights import Shelves, WeightUpdate, grouped
 
 LARGE = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32}
 SMALL = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8}
-REPEATS, THREADS, GROUP_BYTES = 9, 2, 256 << 20
+REPEATS, THREADS = 9, 2
 RESULTS = Path(__file__).parent / "results" / "publish.json"
 
 
@@ -58,25 +57,14 @@ class Engine:
         return between - started, time.perf_counter() - between
 
 
-def groups(tensors: Mapping[str, torch.Tensor]) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """The tensors as a learner gathers them."""
-    group: list[tuple[str, torch.Tensor]] = []
-    for name, tensor in tensors.items():
-        if sum(of.nbytes for _, of in group) + tensor.nbytes > GROUP_BYTES:
-            yield group
-            group = []
-        group.append((name, tensor))
-    yield group
-
-
 def main() -> None:
     """Publish, copy, compare."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="a small model: to see that it runs")
     config = LlamaConfig(**(SMALL if parser.parse_args().small else LARGE), vocab_size=32_000, tie_word_embeddings=False)
     model = LlamaForCausalLM(config).to(torch.bfloat16)
-    sizes = [tensor.nbytes for tensor in model.state_dict().values()]
-    num_bytes = sum(sizes)
+    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
+    num_bytes = sum(sizes.values())
     ray.init("local", log_to_driver=False)
     with tempfile.TemporaryDirectory(prefix="raykd-publish-") as folder:
         model.save_pretrained(folder)
@@ -94,7 +82,9 @@ def main() -> None:
         started = time.perf_counter()
         target.copy_(source)
         copied = time.perf_counter()
-        update = shelves.publish(version, groups(model.state_dict()), sizes, held=[version - 1])
+        tensors = model.state_dict()
+        groups = ([(name, tensors[name]) for name in group] for group in grouped(sizes))
+        update = shelves.publish(version, groups, sizes.values(), held=[version - 1])
         written = time.perf_counter()
         checked, installed = ray.get(engine.load.remote(update))
         if version > 2:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from rich.console import Console
 from transformers.utils.logging import set_verbosity_error
 from tyro.extras import SubcommandApp
@@ -15,15 +15,14 @@ from raykd.cli import refuse
 from raykd.evaluation.generate import Decoding
 from raykd.evaluation.suites import ALPACA, LabelSuite, Metric, Suite, find_suites
 from raykd.experiment import EngineConfig
+from raykd.value import Value
 
 Flat = tyro.conf.arg(name="")
 """Its fields are options without a prefix."""
 
 
-class Rows(BaseModel):
+class Rows(Value):
     """The rows of suites that are files or Hub data sets."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompt: str = ALPACA.prompt
     """Template over a row's fields."""
@@ -37,10 +36,8 @@ class Rows(BaseModel):
     """What is measured beside Rouge-L."""
 
 
-class Evaluate(BaseModel):
+class Evaluate(Value):
     """Measure models side by side by MiniLLM's protocol: T = 1, five seeds, Rouge-L; with a teacher also KL and exposure bias."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     models: tyro.conf.Positional[tuple[str, ...]]
     """Hugging Face folders, run directories, or names on the Hub."""
@@ -101,10 +98,8 @@ class Evaluate(BaseModel):
         return suite.model_copy(update=changes)
 
 
-class Report(BaseModel):
+class Report(Value):
     """One HTML page about training runs and evaluations, side by side; it needs no network and runs no script."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Run directories, finished or not; also results of raykd evaluate, or folders with an evaluation.json."""
@@ -117,10 +112,8 @@ class Report(BaseModel):
         console.print(f"report: {write_report(self.runs, self.output)}", highlight=False, soft_wrap=True)
 
 
-class Dashboard(BaseModel):
+class Dashboard(Value):
     """The report's curves as a workspace of a Weights & Biases project: the same names, sections and order."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     entity: str
     """Whose project it is: a user or a team."""

@@ -29,10 +29,8 @@ from raykd.projection import Head
 from raykd.rank import SteadyAdamW, connect, deepspeed_config, zero_stage
 from raykd.records import Row
 from raykd.student import Student
-from raykd.weights import Shelves, WeightUpdate
+from raykd.weights import Shelves, WeightUpdate, grouped
 
-BUCKET_BYTES = 256 << 20
-"""Parameters gathered at a time when weights leave a sharded learner."""
 LATEST = "latest"
 """The file naming the newest complete checkpoint of a folder."""
 
@@ -266,17 +264,8 @@ class Learner:
         return [*reversed(first_names.values())]
 
     def _gathered(self) -> Iterator[list[tuple[str, Tensor]]]:
-        """Parameters and buffers in groups of about ``BUCKET_BYTES``, whole while a group is held; tied ones once."""
-        groups: list[list[str]] = [[]]
-        size = 0
-        for name in self._distinct():
-            num_bytes = _bytes(self._state[name])
-            if groups[-1] and size + num_bytes > BUCKET_BYTES:
-                groups.append([])
-                size = 0
-            groups[-1].append(name)
-            size += num_bytes
-        for group in groups:
+        """Parameters and buffers in groups, whole while a group is held; tied ones once."""
+        for group in grouped({name: _bytes(self._state[name]) for name in self._distinct()}):
             parts = [part for name in group for part in self._student.parts(name)]
             with self._gather([part for part in parts if hasattr(part, "ds_id")]):
                 yield [(name, self._student.whole(name)) for name in group]

@@ -13,10 +13,11 @@ from string import Formatter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from raykd.records import Prompt
+from raykd.value import Value
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -33,10 +34,8 @@ LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "cs
 """File suffix (a final ``.gz`` set aside) -> loader of the datasets library."""
 
 
-class _Source(BaseModel):
+class _Source(Value):
     """Where rows come from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: str
     """A file (.jsonl, .json, .parquet, .csv, .txt, each also .gz), or the name of a data set on the Hugging Face Hub."""

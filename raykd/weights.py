@@ -8,7 +8,7 @@ The driver passes the ``WeightUpdate`` on; it holds places and numbers, never a 
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import count
@@ -19,6 +19,9 @@ import torch
 from torch import Tensor
 
 from raykd.sharing import Region, Segment, checksum, edition, offsets
+
+BUCKET_BYTES = 256 << 20
+"""Parameters gathered at a time when weights leave a sharded learner."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +63,19 @@ class WeightUpdate:
     bytes: int
     node: str = ""
     """Ray's name of the node whose memory the buckets lie in."""
+
+
+def grouped(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Names in their order, in groups of at most ``BUCKET_BYTES``, or of one tensor that is larger."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, num_bytes in sizes.items():
+        if groups[-1] and size + num_bytes > BUCKET_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += num_bytes
+    return groups
 
 
 class Shelves:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "raykd"
 
 # Lowest first. A module (or folder) imports from rows below its own, and from its own row without going in circles.
 ROWS = (
-    ("payloads", "records", "logprobs"),
+    ("payloads", "records", "logprobs", "value"),
     ("divergences", "surrogates", "projection", "packing", "compiled"),
     ("algorithms", "prompts", "replay", "sharing", "weights", "tracking", "usage", "experiment"),
     ("collate", "rank", "lora", "student", "engine"),

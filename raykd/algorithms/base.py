@@ -17,10 +17,11 @@ from enum import StrEnum
 from typing import Literal, NamedTuple, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from raykd.records import Batch, Row, Source
+from raykd.value import Value
 
 PerToken = dict[str, Tensor]
 
@@ -112,10 +113,8 @@ class Mixture:
         return frozenset(source for source, share in shares.items() if share > 0)
 
 
-class Replay(BaseModel):
+class Replay(Value):
     """How long responses are kept for another use."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     capacity: int = Field(default=1000, ge=1)
     """Rows held over all ranks; the oldest leave first."""
@@ -133,10 +132,8 @@ class Replay(BaseModel):
         return self
 
 
-class Algorithm(BaseModel, ABC):
+class Algorithm(Value, ABC):
     """A frozen, validated value. Its fields are the method's hyper-parameters with the paper's values."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     reduction: Reduction = "token_mean"
 

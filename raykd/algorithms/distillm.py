@@ -5,13 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from raykd.algorithms.base import Mixture, Progress, Replay, TextTerm
 from raykd.algorithms.gkd import GKD, NamedGKD
 from raykd.algorithms.sft import SFT
 from raykd.algorithms.token_divergences import SkewForwardKL, SkewReverseKL
 from raykd.records import Row, Source
+from raykd.value import Value
 
 SkewKL = Annotated[SkewForwardKL | SkewReverseKL, Field(discriminator="kind")]
 
@@ -35,7 +36,7 @@ class Turn:
     learn_from: Literal["fresh", "replay", "dataset"]
 
 
-class AdaptiveSchedule(BaseModel):
+class AdaptiveSchedule(Value):
     """When the student writes and when its old text is used again; Ko et al., arXiv 2402.03898, algorithm 1.
 
     After a validation, phi rises by ``step``, to 1 at most and never down, if the loss grew by more than ``tolerance``. In an
@@ -49,8 +50,6 @@ class AdaptiveSchedule(BaseModel):
     numbers: both have the code's 0.1, in nats and hence dependent on model and vocabulary. Pure: the coin and the number of rows
     held are arguments, the memory is an ``AdaptiveState``.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     start: float = Field(default=0.0, ge=0, le=1)
     """phi before the first validation that raises it; at 0 no student text is used until then."""

@@ -3,16 +3,15 @@
 from abc import abstractmethod
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from raykd import divergences
+from raykd.value import Value
 
 
-class TokenDivergence(BaseModel):
+class TokenDivergence(Value):
     """A divergence with its parameters: a value that is called on log-probabilities ``[..., V]`` and gives ``[...]``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     @abstractmethod
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor: ...

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from rich.console import Console
 
 from raykd.evaluation.generate import Decoding, in_own_process, write
@@ -24,14 +24,13 @@ from raykd.experiment import EngineConfig, TeacherConfig
 from raykd.prompts import eos_id
 from raykd.records import Rollout
 from raykd.rollout.config import EngineSettings
+from raykd.value import Value
 
 T = TypeVar("T")
 
 
-class Evaluation(BaseModel):
+class Evaluation(Value):
     """Which models answer what, and how."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     models: tuple[str, ...] = Field(min_length=1)
     """Hugging Face folders, run directories, or names on the Hub."""

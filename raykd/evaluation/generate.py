@@ -8,11 +8,12 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any, ParamSpec, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from raykd.records import Prompt, Rollout, Source
 from raykd.rollout.config import EngineSettings
 from raykd.rollout.requests import GenerationRequest
+from raykd.value import Value
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,10 +22,8 @@ BATCH = 32
 """Sequences that transformers writes together."""
 
 
-class Decoding(BaseModel):
+class Decoding(Value):
     """Sampling at temperature 1 from the whole distribution."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     seeds: tuple[int, ...] = Field(default=(10, 20, 30, 40, 50), min_length=1)
     """One answer to every question for each; MiniLLM's values."""

@@ -14,6 +14,8 @@ from typing import Literal
 from openai import APIConnectionError, AsyncOpenAI, OpenAIError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from raykd.value import Value
+
 INSTRUCTION = (
     "Rate two answers to a question for helpfulness, relevance, accuracy and level of detail, each from 1 (worst) to 10 (best). "
     "Neither the order of the answers nor their length may influence you."
@@ -32,10 +34,8 @@ class Ratings(BaseModel):
     answer_b: Rating
 
 
-class Judge(BaseModel):
+class Judge(Value):
     """An endpoint and the model it serves; the key is read from OPENAI_API_KEY."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     url: str
     """Base address, e.g. ``http://localhost:8000/v1``."""

@@ -7,11 +7,12 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
 from raykd.prompts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, LOADERS, Pairs, tokenise_pairs
 from raykd.records import Prompt
+from raykd.value import Value
 
 Row = Mapping[str, Any]
 
@@ -26,9 +27,7 @@ class Metric(StrEnum):
     """Whether the answer's last number is the right one."""
 
 
-class _Suite(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
+class _Suite(Value):
     name: str
     data: Pairs
 

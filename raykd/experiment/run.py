@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from raykd.algorithms import DistiLLM
 from raykd.algorithms.base import Needs
 from raykd.experiment.stage import Kept, Stage
-from raykd.experiment.value import Positive, Value
 from raykd.experiment.workers import LearnerConfig, RewardConfig, RolloutConfig, TeacherConfig
 from raykd.prompts import Documents, Pairs
 from raykd.records import Source
+from raykd.value import Positive, Value
 
 MEMORY_OF_TWO = 0.45
 """Largest share of a GPU for each of two engines: the head's products want some, too."""

@@ -6,8 +6,8 @@ from pydantic import Field, model_validator
 
 from raykd.algorithms import AnyAlgorithm
 from raykd.algorithms.base import Replay
-from raykd.experiment.value import Positive, Value
 from raykd.records import Source
+from raykd.value import Positive, Value
 
 Kept = Literal["last", "loss", "forward_kl", "reverse_kl", "rouge_l"]
 """The last weights of a stage, or the best by a held-out number."""

@@ -4,7 +4,9 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from raykd.experiment.value import Dtype, Positive, Value
+from raykd.value import Positive, Value
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 class EngineConfig(Value):

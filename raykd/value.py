@@ -1,11 +1,10 @@
-"""What the fields of an experiment have in common."""
+"""What experiments, algorithms and settings are made of."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
 Positive = Annotated[int, Field(ge=1)]
-Dtype = Literal["float32", "bfloat16"]
 
 
 class Value(BaseModel):
