@@ -6,8 +6,9 @@ Student 16M, teacher 53M (random-weight Llamas), GPT-2's tokenizer and vocabular
 128 new tokens each, reverse KL, AdamW. The prompts are of one length, so that nobody computes padding. Checkpoints are float32 or
 bfloat16; then TRL runs with its default ``bf16=True`` and steps bfloat16 weights, ours keeps float32 master weights. Every
 contender is a process of its own, given the same models and prompts; ours is ``run(Experiment)`` with its actors, "overlap" the
-same with ``max_staleness`` 1. Medians of the steps after the first three. Memory is the high-water mark of resident memory of
-the process that learns; for ours also the sum over all actors, each with its own copy of the libraries (0.5 to 0.9 GB).
+same with ``max_staleness`` 1 and one thread an actor. Medians of the steps after the first three. Memory is the high-water mark
+of resident memory of the process that learns; for ours also the sum over all actors, each with its own copy of the libraries
+(0.5 to 0.9 GB).
 
 "check": all three give the same loss and gradient on the same samples of unequal length; in bfloat16 they are compared with what
 ours computes from the same weights in float32. "floor": the matrix products of a
@@ -84,7 +85,7 @@ def dtype_of(folder: Path) -> str:
     return str(AutoConfig.from_pretrained(folder / "student").dtype).removeprefix("torch.")
 
 
-def raykd(folder: Path, max_staleness: int = 0) -> dict[str, Any]:
+def raykd(folder: Path, max_staleness: int = 0, threads: int = THREADS) -> dict[str, Any]:
     """The product's own run."""
     from raykd.algorithms import GKD
     from raykd.algorithms.token_divergences import ReverseKL
@@ -104,7 +105,7 @@ def raykd(folder: Path, max_staleness: int = 0) -> dict[str, Any]:
     from raykd.run import run
 
     dtype: Any = dtype_of(folder)
-    engine = EngineConfig(dtype=dtype, threads=THREADS)
+    engine = EngineConfig(dtype=dtype, threads=threads)
     stage = Stage(
         algorithm=GKD(divergence=ReverseKL()),
         steps=STEPS["raykd"],
@@ -121,8 +122,8 @@ def raykd(folder: Path, max_staleness: int = 0) -> dict[str, Any]:
         max_prompt=PROMPT,
         max_response=RESPONSE,
         rollout=RolloutConfig(engine=engine),
-        teachers=TeacherConfig(dtype=dtype, engine=engine, threads=THREADS),
-        learner=LearnerConfig(dtype=dtype, threads=THREADS),
+        teachers=TeacherConfig(dtype=dtype, engine=engine, threads=threads),
+        learner=LearnerConfig(dtype=dtype, threads=threads),
         evaluation=EvaluationConfig(prompts=0),
         tracking=TrackingConfig(wandb=False),
         runs=folder / "runs",
@@ -138,8 +139,8 @@ def raykd(folder: Path, max_staleness: int = 0) -> dict[str, Any]:
 
 
 def overlap(folder: Path) -> dict[str, Any]:
-    """The next responses are written while the learner learns."""
-    return raykd(folder, max_staleness=1)
+    """The next responses are written while the learner learns; each actor has a thread."""
+    return raykd(folder, max_staleness=1, threads=1)
 
 
 def distillation(folder: Path) -> dict[str, Any]:

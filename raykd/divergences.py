@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from raykd.logprobs import mixture_logprobs, promote
+from raykd.logprobs import all_finite, can_look, mixture_logprobs, promote
 
 Boundary = Literal["minimal", "prefix"]
 
@@ -147,8 +147,13 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
-        floor = torch.finfo(first.dtype).min / 4
         probabilities = first.exp()
+        if can_look(first):
+            terms = (first - second).mul_(probabilities)
+            if all_finite(values := terms.sum(-1)):
+                ctx.save_for_backward(probabilities, terms, None)
+                return values
+        floor = torch.finfo(first.dtype).min / 4
         terms = first.clamp(min=floor) - second.clamp(min=floor)
         impossible = terms.amax(-1) > -floor / 2
         terms *= probabilities
@@ -159,7 +164,7 @@ class _KL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         probabilities, terms, impossible = ctx.saved_tensors
-        slope = upstream[0].masked_fill(impossible, 0.0).unsqueeze(-1)
+        slope = (upstream[0] if impossible is None else upstream[0].masked_fill(impossible, 0.0)).unsqueeze(-1)
         to_first = (terms + probabilities).mul_(slope) if ctx.needs_input_grad[0] else None
         return to_first, probabilities * -slope if ctx.needs_input_grad[1] else None
 

@@ -119,10 +119,12 @@ class LearnerGang:
 class Placement:
     """Reserves all GPUs of a run at once, so that it starts whole or says what is missing; actors on CPU need no reservation."""
 
-    def __init__(self, gpus: Sequence[float]) -> None:
-        """``gpus``: what each actor will ask for, in the order in which they will be created."""
+    def __init__(self, gpus: Sequence[float], *, crowded: bool = False) -> None:
+        """``gpus``: what each actor will ask for, in the order in which they will be created. ``crowded``: more threads will
+        compute at the same time than there are cores."""
         self.group: PlacementGroup | None = None
         self._next_bundle = 0
+        self._crowded = crowded
         bundles = [{"GPU": amount, "CPU": 1.0} for amount in gpus if amount > 0]
         if bundles:
             self.group = placement_group(bundles, strategy="PACK")
@@ -140,7 +142,9 @@ class Placement:
             self._next_bundle += 1
         options = {"num_gpus": gpus, "num_cpus": 1 if gpus else 0, "scheduling_strategy": strategy}
         remote = ray.remote(actor_class).options(
-            runtime_env={"env_vars": environment(threads, on_cpu=not gpus)}, max_restarts=restarts, **options
+            runtime_env={"env_vars": environment(threads, on_cpu=not gpus, crowded=self._crowded)},
+            max_restarts=restarts,
+            **options,
         )
         return remote.remote(*arguments)  # pyright: ignore[reportReturnType]  Ray says "or the class itself", for completion
 
@@ -150,10 +154,13 @@ class Placement:
             remove_placement_group(self.group)
 
 
-def environment(threads: int, *, on_cpu: bool) -> dict[str, str]:
-    """Of an actor's process, from its start."""
+def environment(threads: int, *, on_cpu: bool, crowded: bool = False) -> dict[str, str]:
+    """Of an actor's process, from its start; what the user has set stays."""
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return env | ({"GLIBC_TUNABLES": HEAP} if on_cpu and "GLIBC_TUNABLES" not in os.environ else {})
+    wanted = {"GLIBC_TUNABLES": HEAP} if on_cpu else {}
+    if crowded:  # a thread that waits for another of its process spins, on the core that the other one needs
+        wanted["OMP_WAIT_POLICY"] = "passive"
+    return env | {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def get(references: Any, deadline_s: float, what: str) -> Any:

@@ -55,7 +55,7 @@ class Learner:
         fetch: Fetch = lambda block: block,
     ) -> None:
         self.config, self.rank = config, rank
-        self._vocab_size, self._pad_id, self._teacher_head, self._fetch = vocab_size, pad_id, teacher_head, fetch
+        self._vocab_size, self._pad_id, self._fetch = vocab_size, pad_id, fetch
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = connect(rank, config.ranks, address, config.deadline_s)
@@ -70,6 +70,7 @@ class Learner:
             activation_checkpointing=config.activation_checkpointing,
             lora=config.lora,
         )
+        self._teacher_head = self._student.output.teacher_head()  # what was given may be kept in another form
         self._optimiser, self._skipped_in_a_row = Optimiser(), 0
         self._sharded_optimiser: Any = None
         self._shelves = Shelves()

@@ -22,10 +22,23 @@ def gather(logprobs: Tensor, tokens: Tensor) -> Tensor:
     return logprobs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
+@torch.no_grad()
 def entropy(logprobs: Tensor) -> Tensor:
-    """H = -sum_v p_v log p_v, with 0 log 0 = 0; ``[..., V] -> [...]``, within [0, log V]."""
+    """H = -sum_v p_v log p_v, with 0 log 0 = 0; ``[..., V] -> [...]``, within [0, log V]. Without a gradient."""
     logprobs = promote(logprobs)
-    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    if can_look(logprobs) and all_finite(values := -logprobs.exp().mul_(logprobs).sum(-1)):
+        return values
+    return -logprobs.exp().mul_(logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+
+
+def can_look(values: Tensor) -> bool:
+    """Whether a program may go on as its numbers are. A GPU would have to wait for them, a compiled program to stop."""
+    return values.is_cpu and not torch.compiler.is_compiling()
+
+
+def all_finite(values: Tensor) -> bool:
+    """Of sums over the vocabulary: whether no entry was infinite. Passes that deal with infinities can then be left out."""
+    return bool(values.isfinite().all())
 
 
 def mixture_logprobs(student: Tensor, teacher: Tensor, share: float | Tensor) -> Tensor:

@@ -30,7 +30,7 @@ Tokens = Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Positions that attend to each other causally, and to all of ``before``."""
+    """Positions that attend to each other causally, and to all of ``before``, a segment's own."""
 
     own: slice
     before: slice | None = None
@@ -48,7 +48,7 @@ class Layout:
     position_ids: Tensor | None = None
     """[1, S] where packed."""
     segments: tuple[Segment, ...] | None = None
-    """Where packed."""
+    """Where packed: each position is in one of them, in order."""
 
     def to(self, device: torch.device) -> "Layout":
         """The same on another device."""
@@ -149,17 +149,24 @@ def packed_attention(
     if asked or attention_mask is not None or dropout:
         raise ValueError(f"packed attention knows no {', '.join(asked) or 'mask and no dropout'}")
 
-    def attend(segment: Segment) -> Tensor:
-        q, k, v = (heads[:, :, segment.own] for heads in (query, key, value))
+    # Split, not sliced: the gradient of each slice would be as large as the whole.
+    lengths = [segment.own.stop - segment.own.start for segment in segments]
+    queries, keys, values = (heads.split(lengths, 2) for heads in (query, key, value))
+    places = {segment.own.start: place for place, segment in enumerate(segments)}
+
+    def attend(place: int, before: slice | None) -> Tensor:
+        q, k, v = queries[place], keys[place], values[place]
         mask = None
-        if segment.before is not None:
-            k, v = (torch.cat([heads[:, :, segment.before], own], 2) for heads, own in ((key, k), (value, v)))
+        if before is not None:
+            k, v = (torch.cat([heads[places[before.start]], heads[place]], 2) for heads in (keys, values))
             size = (q.shape[2], k.shape[2])
             mask = torch.ones(size, dtype=torch.bool, device=q.device).tril(size[1] - size[0])
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
 
-    return torch.cat([attend(segment) for segment in segments], 2).transpose(1, 2).contiguous(), None
+    return torch.cat([attend(place, segment.before) for place, segment in enumerate(segments)], 2).transpose(
+        1, 2
+    ).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

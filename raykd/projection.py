@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from raykd.logprobs import gather, promote
+from raykd.logprobs import can_look, gather, promote
 from raykd.payloads import Probe, Top, compare, unwritten
 
 Reduce = Callable[[Tensor, Tensor | None, Tensor, dict[str, Tensor]], dict[str, Tensor]]
@@ -75,6 +75,15 @@ class Head:
                 f"the head has {len(self.weight)} rows but the tokenizer {vocab_size} tokens: it is another model's head"
             )
         return replace(self, weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size])
+
+    def ready(self, vocab_size: int) -> "Head":
+        """Cut to the true vocabulary; on a CPU, where products of halves would be rounded to halves, widened. A frozen model's is
+        made ready once: for a small one, widening takes a tenth of a step."""
+        head = self.cut(vocab_size)
+        if head.weight.is_cuda:
+            return head
+        widened = head.widened or head.weight.dtype == torch.bfloat16
+        return replace(head, weight=promote(head.weight), widened=widened)
 
 
 def weighted_loss(
@@ -128,8 +137,8 @@ def weighted_loss(
                 gradients.add(rows, product.to(states.dtype), states, student.weight)
 
     with torch.no_grad():
-        student = _ready(head, vocab_size)
-        guide = None if teacher_head is None else _ready(teacher_head, vocab_size)
+        student = head.ready(vocab_size)
+        guide = None if teacher_head is None else teacher_head.ready(vocab_size)
         for rows in _slices(0, len(tokens), _positions(CHUNK_ELEMENTS, hidden, vocab_size, chunk)):
             take(rows)
     if probe is not None and teacher_states is not None:
@@ -153,7 +162,7 @@ def halves(wanted: bool) -> Iterator[None]:
 @torch.no_grad()
 def teacher_probe(states: Tensor, head: Head | None, tokens: Tensor, vocab_size: int, chunk: int | None = None) -> Probe:
     """What ``Scores`` carries as its probe, from the teacher's hidden states ``[N, H]``, or from logits when ``head`` is None."""
-    head = None if head is None else _ready(head, vocab_size)
+    head = None if head is None else head.ready(vocab_size)
     probe = unwritten(tokens)
     for rows in _slices(0, len(tokens), _positions(CHUNK_ELEMENTS, states, vocab_size, chunk)):
         _teacher(_product_of(states, rows, head, vocab_size), head, tokens[rows], vocab_size, probe.rows(rows))
@@ -163,7 +172,7 @@ def teacher_probe(states: Tensor, head: Head | None, tokens: Tensor, vocab_size:
 @torch.no_grad()
 def teacher_top(states: Tensor, head: Head, k: int, vocab_size: int, chunk: int | None = None) -> Top:
     """The ``k`` most probable tokens, from the teacher's hidden states ``[N, H]``."""
-    head = _ready(head, vocab_size)
+    head = head.ready(vocab_size)
     found = []
     for rows in _slices(0, len(states), _positions(CHUNK_ELEMENTS, states, vocab_size, chunk)):
         logprobs = torch.log_softmax(head(states[rows]), dim=-1)
@@ -247,6 +256,8 @@ class _Differentiated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # Autograd casts each to its input's dtype, so that half-precision gradients are rounded once.
+        if can_look(upstream[0]) and bool(upstream[0] == 1):  # a copy of the head's gradient takes a twentieth of a step
+            return None, None, *ctx.saved_tensors
         return None, None, *(None if gradient is None else gradient * upstream[0] for gradient in ctx.saved_tensors)
 
 
@@ -274,14 +285,6 @@ def _teacher(product: Tensor, head: Head | None, tokens: Tensor, vocab_size: int
     probe.logprobs.copy_(gather(logprobs, tokens))
     probe.log_normaliser.copy_(gather(logits, tokens) - probe.logprobs)
     return logprobs
-
-
-def _ready(head: Head, vocab_size: int) -> Head:
-    """Cut to the true vocabulary; on a CPU, where products of halves would be rounded to halves, widened once for all chunks."""
-    head = head.cut(vocab_size)
-    if head.weight.is_cuda:
-        return head
-    return replace(head, weight=promote(head.weight), widened=head.weight.dtype == torch.bfloat16)
 
 
 def _product(first: Tensor, second: Tensor) -> Tensor:

@@ -40,7 +40,8 @@ class Workers:
         num_teachers = teachers.replicas if facts.teacher else 0
         num_rollouts = rollout.replicas if experiment.samples() else 0
         self._placement = Placement(
-            [learner.gpus] * learner.ranks + [teachers.gpus] * num_teachers + [rollout.gpus] * num_rollouts
+            [learner.gpus] * learner.ranks + [teachers.gpus] * num_teachers + [rollout.gpus] * num_rollouts,
+            crowded=experiment.threads() > ray.cluster_resources().get("CPU", 0),
         )
         create = self._placement.create
         ranks = [

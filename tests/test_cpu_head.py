@@ -7,12 +7,21 @@ import torch
 from rollout_stack import STORIES, STORIES_EOS, engine_config, perturbed, publish, wait
 from transformers import AutoModelForCausalLM
 
-from raykd.rollout.cpu_head import WideHead, widen_head
+from raykd.rollout import cpu_head
+from raykd.rollout.cpu_head import WideHead, mkl_product, widen_head
 
 
-def test_logits_are_the_float32_product_of_the_weights_of_the_last_update():
-    layer = SimpleNamespace(weight=torch.randn(512, 64).bfloat16())
-    hidden, bias = torch.randn(8, 64).bfloat16(), torch.randn(512).bfloat16()
+@pytest.mark.parametrize("mkl", [True, False])
+@pytest.mark.parametrize("rows", [1, 32, 70])
+def test_logits_are_the_float32_product_of_the_weights_of_the_last_update(
+    mkl: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if mkl and mkl_product() is None:
+        pytest.skip("no product of bfloat16 matrices here")
+    if not mkl:
+        monkeypatch.setattr(cpu_head, "mkl_product", lambda: None)
+    layer = SimpleNamespace(weight=torch.randn(500, 64).bfloat16())
+    hidden, bias = torch.randn(rows, 64).bfloat16(), torch.randn(500).bfloat16()
     head = WideHead()
     for _ in range(2):
         expected = hidden.double() @ layer.weight.double().T

@@ -112,6 +112,24 @@ def test_the_gpus_of_all_fleets_add_up():
     assert asked.gpus() == 2 + 6 + 4
 
 
+def test_the_threads_of_overlapping_work_add_up():
+    def threads(algorithm: GKD | MiniLLM | SFT, max_staleness: int) -> int:
+        return experiment(
+            teacher=TEACHER,
+            text=Documents(path="t.txt"),
+            stages=(Stage(algorithm=algorithm, steps=1, max_staleness=max_staleness),),
+            rollout=RolloutConfig(replicas=2, engine=EngineConfig(threads=3)),
+            teachers=TeacherConfig(replicas=2, threads=5, engine=EngineConfig(threads=7)),
+            learner=LearnerConfig(ranks=4, threads=2),
+            evaluation=EvaluationConfig(prompts=0),
+        ).threads()
+
+    assert threads(GKD(), 0) == 2 * 5
+    assert threads(GKD(), 1) == 2 * 3 + 2 * 5 + 4 * 2
+    assert threads(MiniLLM(teacher_share=0.2), 0) == 2 * 3 + 2 * 7
+    assert threads(SFT(), 1) == 2 * 5 + 4 * 2
+
+
 def test_the_learning_rate_follows_its_schedule():
     cosine = Optimiser(learning_rate=1.0, learning_rate_min=0.2, schedule="cosine", warmup_steps=2)
     assert [learning_rate(cosine, step, 6) for step in range(6)] == pytest.approx([0.5, 1.0, 1.0, 0.88284271, 0.6, 0.31715729])

@@ -36,6 +36,13 @@ def test_a_process_on_cpu_keeps_the_memory_that_it_frees(monkeypatch: pytest.Mon
     assert kept < given_back / 20
 
 
+def test_threads_wait_without_spinning_where_cores_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert environment(2, on_cpu=True, crowded=True)["OMP_WAIT_POLICY"] == "passive"
+    assert "OMP_WAIT_POLICY" not in environment(2, on_cpu=True)
+
+
 def test_the_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
-    assert "GLIBC_TUNABLES" not in environment(1, on_cpu=True)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    assert not {"GLIBC_TUNABLES", "OMP_WAIT_POLICY"} & set(environment(1, on_cpu=True, crowded=True))

@@ -294,6 +294,17 @@ def test_head_is_its_formula() -> None:
     torch.testing.assert_close(Head(weight=weight, softcap=2.0)(hidden), 2 * torch.tanh(product / 2))
 
 
+def test_a_head_that_is_ready_is_not_made_ready_again() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        head = Head(weight=torch.randn(PADDED, H_TEACHER).to(dtype), bias=torch.randn(PADDED))
+        ready = head.ready(V)
+        assert torch.equal(ready.weight, head.weight[:V].float())
+        assert ready.widened == (dtype == torch.bfloat16)
+        again = ready.ready(V)
+        assert again.weight.data_ptr() == ready.weight.data_ptr()
+        assert again.widened == ready.widened
+
+
 def test_head_keeps_bfloat16_products_in_float32() -> None:
     weight, hidden = (torch.randn(rows, 64) for rows in (PADDED, 5))
     logits = Head(weight=weight.bfloat16())(hidden.bfloat16())

@@ -1,9 +1,14 @@
 """The output head of a bfloat16 model on CPU, whose logits are float32.
 
-vLLM casts the whole matrix to float32 for every token: with V = 50,257 most of the time that a small model needs. Here it is cast
-once for each version of the weights, and multiplied from bfloat16 where the CPU does that, which is exact.
+vLLM casts the whole matrix to float32 for every token: with V = 50,257 most of the time that a small model needs. MKL multiplies
+bfloat16 into float32 and reads each number of the matrix once; PyTorch carries MKL along, without a function for this product.
+Where it does not, or the CPU has no instructions for bfloat16, the matrix is cast once for each version of the weights.
 """
 
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +16,9 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from raykd.projection import halves
+
+ROWS = 32
+"""Multiplied together: for more, MKL's kernels are slower than for one group after another."""
 
 
 class WideHead:
@@ -21,6 +29,9 @@ class WideHead:
 
     def __call__(self, lm_head: Any, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """Logits ``[B, V]``."""
+        if (multiply := mkl_product()) is not None:
+            logits = multiply(hidden, lm_head.weight)
+            return logits if bias is None else logits.add_(bias)
         weight = self._weight = lm_head.weight.float() if self._weight is None else self._weight
         with halves(True):
             return linear(hidden.float(), weight, None if bias is None else bias.float())
@@ -37,3 +48,30 @@ def widen_head(model: Any, dtype: torch.dtype) -> WideHead | None:
         return None
     processor._apply_head = WideHead()
     return processor._apply_head
+
+
+@cache
+def mkl_product() -> Callable[[Tensor, Tensor], Tensor] | None:
+    """``hidden @ weight.T``, bfloat16 ``[B, H], [V, H]`` to float32 ``[B, V]``, by MKL's ``cblas_gemm_bf16bf16f32``; None where
+    there is none, or no instructions for it."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        return None
+    try:
+        gemm = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).cblas_gemm_bf16bf16f32
+    except (OSError, AttributeError):
+        return None
+    number, real, address = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
+    gemm.argtypes = [number] * 6 + [real] + [address, number] * 2 + [real, address, number]
+    gemm.restype = None
+    by_rows, as_it_is, transposed = 101, 111, 112
+
+    def multiply(hidden: Tensor, weight: Tensor) -> Tensor:
+        hidden, weight = hidden.contiguous(), weight.contiguous()
+        logits = torch.empty(len(hidden), len(weight))
+        size, width = weight.shape
+        for x, y in zip(hidden.split(ROWS), logits.split(ROWS), strict=True):
+            operands = x.data_ptr(), width, weight.data_ptr(), width
+            gemm(by_rows, as_it_is, transposed, len(x), size, width, 1.0, *operands, 0.0, y.data_ptr(), size)
+        return logits
+
+    return multiply

@@ -40,6 +40,7 @@ class Teacher:
         else:
             self._states = PrefillStates(model, config, self.device)
         self._head = _on(self._states.head.cut(vocab_size), self.device)
+        self._ready_head = self._head.ready(vocab_size)
         self.config, self.vocab_size = config, vocab_size
 
     def payload(self, top_k: int | None = None) -> str:
@@ -62,12 +63,12 @@ class Teacher:
         sent: dict[str, Any] = {}
         if needs.distribution:
             payload = self.payload()
-            sent[payload] = (states if payload == "hidden" else self._head(states)).cpu()
+            sent[payload] = (states if payload == "hidden" else self._ready_head(states)).cpu()
         return Scores(offsets=offsets, log_normaliser=probe.log_normaliser, logprobs=probe.logprobs, **sent)
 
     def _top(self, states: Tensor, rollouts: Sequence[Rollout], offsets: tuple[int, ...], top_k: int) -> Scores:
         """The most probable tokens; the probe is their log-probs, where the response has one of them."""
-        top = Top(*(values.cpu() for values in teacher_top(states, self._head, top_k, self.vocab_size, self.config.chunk)))
+        top = Top(*(values.cpu() for values in teacher_top(states, self._ready_head, top_k, self.vocab_size, self.config.chunk)))
         tokens = torch.tensor([token for rollout in rollouts for token in rollout.tokens], dtype=torch.int32)
         written = top.tokens == tokens[:, None]
         logprobs = torch.where(written, top.logprobs[:, :-1], 0.0).sum(-1)
@@ -87,7 +88,7 @@ class Teacher:
         tokens = torch.tensor([token for rollout in rollouts for token in rollout.tokens], dtype=torch.long)
         seen, chosen = states if every == 1 else states[at.to(self.device)], tokens[at].to(self.device)
         probe = Probe(*torch.full((2, len(tokens)), torch.nan).unbind())
-        found = teacher_probe(seen, self._head, chosen, vocab_size=self.vocab_size, chunk=self.config.chunk)
+        found = teacher_probe(seen, self._ready_head, chosen, vocab_size=self.vocab_size, chunk=self.config.chunk)
         for values, known in zip(probe, found, strict=True):
             values[at] = known.cpu()
         return probe
