@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     options = parser.parse_args()
     RESULTS.parent.mkdir(exist_ok=True)
-    ray.init("local", log_to_driver=False)
+    ray.init("local", include_dashboard=False, log_to_driver=False)
     actors = start(Path(tempfile.mkdtemp(prefix="raykd-rollout-")), options.dtype)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     table = Table("batch", "student", "teacher", "mixed", "drafted", "lockstep", "mixed / teacher", "mixed / lockstep")

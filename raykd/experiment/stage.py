@@ -42,7 +42,8 @@ class Stage(Value):
     """Responses per optimiser step, over all ranks."""
     samples_per_prompt: Positive = 1
     max_staleness: int = Field(default=0, ge=0)
-    """Phases that are written and scored ahead of the learner, while it learns from earlier ones. 0: everything in turn."""
+    """Phases that are written and scored ahead of the learner, while it learns from earlier ones. 0: everything in turn. Without
+    GPUs, actors that work at the same time share the cores: give each its part of them as ``threads``."""
     replay: Replay | None = None
     """How long responses are kept for another use, in place of the algorithm's own bounds. ``samples_per_insert`` is then the
     number of passes over a phase's responses; without it, batches are drawn from all that are held."""

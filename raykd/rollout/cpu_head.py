@@ -1,8 +1,8 @@
 """The output head of a bfloat16 model on CPU, whose logits are float32.
 
-vLLM casts the whole matrix to float32 for every token: with V = 50,257 most of the time that a small model needs. MKL multiplies
-bfloat16 into float32 and reads each number of the matrix once; PyTorch carries MKL along, without a function for this product.
-Where it does not, or the CPU has no instructions for bfloat16, the matrix is cast once for each version of the weights.
+vLLM casts the whole matrix to float32 for every token: with V = 50,257 most of the time that a small model needs. For few rows
+the time is that of reading the matrix, which MKL multiplies as it is; PyTorch carries MKL along, without a function for this
+product. For many rows, and without MKL or instructions for bfloat16, it is cast once for each version of the weights.
 """
 
 import ctypes
@@ -17,8 +17,8 @@ from torch.nn.functional import linear
 
 from raykd.projection import halves
 
-ROWS = 32
-"""Multiplied together: for more, MKL's kernels are slower than for one group after another."""
+FEW = 32
+"""Rows up to which MKL is the faster."""
 
 
 class WideHead:
@@ -29,7 +29,7 @@ class WideHead:
 
     def __call__(self, lm_head: Any, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """Logits ``[B, V]``."""
-        if (multiply := mkl_product()) is not None:
+        if len(hidden) <= FEW and (multiply := mkl_product()) is not None:
             logits = multiply(hidden, lm_head.weight)
             return logits if bias is None else logits.add_(bias)
         weight = self._weight = lm_head.weight.float() if self._weight is None else self._weight
@@ -67,11 +67,10 @@ def mkl_product() -> Callable[[Tensor, Tensor], Tensor] | None:
 
     def multiply(hidden: Tensor, weight: Tensor) -> Tensor:
         hidden, weight = hidden.contiguous(), weight.contiguous()
-        logits = torch.empty(len(hidden), len(weight))
         size, width = weight.shape
-        for x, y in zip(hidden.split(ROWS), logits.split(ROWS), strict=True):
-            operands = x.data_ptr(), width, weight.data_ptr(), width
-            gemm(by_rows, as_it_is, transposed, len(x), size, width, 1.0, *operands, 0.0, y.data_ptr(), size)
+        logits = torch.empty(len(hidden), size)
+        operands = hidden.data_ptr(), width, weight.data_ptr(), width
+        gemm(by_rows, as_it_is, transposed, len(hidden), size, width, 1.0, *operands, 0.0, logits.data_ptr(), size)
         return logits
 
     return multiply
