@@ -164,9 +164,8 @@ def packed_attention(
         grouped = q.shape[1] != k.shape[1]
         return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
 
-    return torch.cat([attend(place, segment.before) for place, segment in enumerate(segments)], 2).transpose(
-        1, 2
-    ).contiguous(), None
+    attended = torch.cat([attend(place, segment.before) for place, segment in enumerate(segments)], 2)
+    return attended.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

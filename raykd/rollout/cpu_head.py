@@ -66,9 +66,10 @@ def mkl_product() -> Callable[[Tensor, Tensor], Tensor] | None:
     by_rows, as_it_is, transposed = 101, 111, 112
 
     def multiply(hidden: Tensor, weight: Tensor) -> Tensor:
+        assert hidden.dtype == weight.dtype == torch.bfloat16
         hidden, weight = hidden.contiguous(), weight.contiguous()
         size, width = weight.shape
-        logits = torch.empty(len(hidden), size)
+        logits = torch.empty(len(hidden), size, dtype=torch.float32)
         operands = hidden.data_ptr(), width, weight.data_ptr(), width
         gemm(by_rows, as_it_is, transposed, len(hidden), size, width, 1.0, *operands, 0.0, logits.data_ptr(), size)
         return logits
