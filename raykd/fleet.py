@@ -155,7 +155,7 @@ class Placement:
 
 
 def environment(threads: int, *, on_cpu: bool, crowded: bool = False) -> dict[str, str]:
-    """Of an actor's process, from its start; what the user has set stays."""
+    """Of an actor's process, from its start; what the user has set of the C library and of OpenMP's waiting stays."""
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     wanted = {"GLIBC_TUNABLES": HEAP} if on_cpu else {}
     if crowded:  # a thread that waits for another of its process spins, on the core that the other one needs

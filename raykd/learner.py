@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import redirect_stdout
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ class Learner:
             vocab_size=vocab_size,
             chunk=config.chunk,
             compiled=config.compiled,
-            teacher_head=None if teacher_head is None else _on(teacher_head, self.device),
+            teacher_head=None if teacher_head is None else teacher_head.to(self.device),
             sharded=zero_stage(config) == 3,
             activation_checkpointing=config.activation_checkpointing,
             lora=config.lora,
@@ -294,7 +293,3 @@ def _prefix(terms: Sequence[LossTerm], term: LossTerm) -> str:
 def _bytes(tensor: Tensor) -> int:
     """Of the whole tensor, also where ZeRO-3 holds a part of it."""
     return getattr(tensor, "ds_numel", tensor.numel()) * tensor.itemsize
-
-
-def _on(head: Head, device: torch.device) -> Head:
-    return replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))

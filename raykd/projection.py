@@ -76,6 +76,10 @@ class Head:
             )
         return replace(self, weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size])
 
+    def to(self, device: torch.device) -> "Head":
+        """The same on another device."""
+        return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
+
     def ready(self, vocab_size: int) -> "Head":
         """Cut to the true vocabulary; on a CPU, where products of halves would be rounded to halves, widened. A frozen model's is
         made ready once: for a small one, widening takes a tenth of a step."""

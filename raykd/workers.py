@@ -37,10 +37,8 @@ class Workers:
 
     def __init__(self, experiment: Experiment, facts: ModelFacts) -> None:
         rollout, teachers, learner = experiment.rollout, experiment.teachers, experiment.learner
-        num_teachers = teachers.replicas if facts.teacher else 0
-        num_rollouts = rollout.replicas if experiment.samples() else 0
         self._placement = Placement(
-            [learner.gpus] * learner.ranks + [teachers.gpus] * num_teachers + [rollout.gpus] * num_rollouts,
+            [learner.gpus] * learner.ranks + [teachers.gpus] * experiment.num_teachers + [rollout.gpus] * experiment.num_rollouts,
             crowded=experiment.threads() > ray.cluster_resources().get("CPU", 0),
         )
         create = self._placement.create
@@ -51,11 +49,11 @@ class Workers:
             create(
                 TeacherActor, teachers, facts, experiment.mixes(), gpus=teachers.gpus, threads=teachers.threads, restarts=RESTARTS
             )
-            for _ in range(num_teachers)
+            for _ in range(experiment.num_teachers)
         ]
         writers = [
             create(RolloutActor, rollout.engine, facts, gpus=rollout.gpus, threads=rollout.engine.threads, restarts=RESTARTS)
-            for _ in range(num_rollouts)
+            for _ in range(experiment.num_rollouts)
         ]
         self.learner = LearnerGang(ranks, learner.deadline_s)
         self.teachers = Fleet("teacher", scorers, teachers.engine.deadline_s) if scorers else None

@@ -147,7 +147,7 @@ def test_zero_at_equality_positive_elsewhere_and_bounded(name: str, pair: tuple[
     value, gradient = value_and_gradient(EVERY[name], q, p)
     assert -1e-12 < value.item() <= BOUNDS.get(name, math.inf) + 1e-12
     assert torch.isfinite(gradient).all()
-    if (q.exp() - p.exp()).abs().max() > 1e-3:
+    if (q.exp() - p.exp()).abs().max() > 1e-5:  # a squared distance cannot show less
         assert value.item() > 1e-12
 
 

@@ -142,15 +142,25 @@ class Experiment(Value):
         learned = any(stage.algorithm.writers - {Source.DATASET} for stage in self.stages)
         return learned or (measured and self.evaluation.prompts > 0)
 
+    @property
+    def num_rollouts(self) -> int:
+        """Rollout replicas that are started."""
+        return self.rollout.replicas if self.samples() else 0
+
+    @property
+    def num_teachers(self) -> int:
+        """Teacher replicas that are started."""
+        return self.teachers.replicas if self.teacher else 0
+
     def threads(self) -> int:
         """CPU threads that compute at the same time: those of the busiest stage of the pipeline, or of all where they overlap."""
-        rollout, teachers, learner = self.rollout, self.teachers, self.learner
-        num_teachers = teachers.replicas if self.teacher else 0
-        write = rollout.replicas * rollout.engine.threads + (num_teachers * teachers.engine.threads if self.mixes() else 0)
-        lanes = write if self.samples() else 0, num_teachers * teachers.threads, learner.ranks * learner.threads
+        write = self.num_rollouts * self.rollout.engine.threads
+        if self.mixes():
+            write += self.num_teachers * self.teachers.engine.threads
+        lanes = write, self.num_teachers * self.teachers.threads, self.learner.ranks * self.learner.threads
         return sum(lanes) if any(stage.max_staleness for stage in self.stages) else max(lanes)
 
     def gpus(self) -> float:
         """GPUs the whole run asks for."""
-        teachers = self.teachers.replicas * self.teachers.gpus if self.teacher else 0.0
+        teachers = self.num_teachers * self.teachers.gpus
         return self.rollout.replicas * self.rollout.gpus + teachers + self.learner.ranks * self.learner.gpus

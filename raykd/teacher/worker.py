@@ -1,7 +1,6 @@
 """The teacher worker: one prefill over prompt and response, and what an algorithm needs of its distribution on the response."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -39,7 +38,7 @@ class Teacher:
             self._states = PooledStates(model, config, max_length)
         else:
             self._states = PrefillStates(model, config, self.device)
-        self._head = _on(self._states.head.cut(vocab_size), self.device)
+        self._head = self._states.head.cut(vocab_size).to(self.device)
         self._ready_head = self._head.ready(vocab_size)
         self.config, self.vocab_size = config, vocab_size
 
@@ -50,7 +49,7 @@ class Teacher:
 
     def head(self) -> Head:
         """The language-model head on the CPU, cut to the true vocabulary: the learner's copy."""
-        return _on(self._head, torch.device("cpu"))
+        return self._head.to(torch.device("cpu"))
 
     @torch.inference_mode()
     def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None = None) -> Scores:
@@ -97,7 +96,3 @@ class Teacher:
     def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Sequence[int]) -> list[tuple[int, ...]]:
         """The teacher's own answers to some prompts, sampled at temperature 1: a few, to be looked at."""
         return self._states.answer(prompts, max_tokens, eos_ids, self.vocab_size)
-
-
-def _on(head: Head, device: torch.device) -> Head:
-    return replace(head, weight=head.weight.to(device), bias=None if head.bias is None else head.bias.to(device))
