@@ -11,6 +11,7 @@ part where it can be imported.
 """
 
 import argparse
+import gc
 import json
 import multiprocessing
 import tempfile
@@ -115,7 +116,7 @@ class Bench:
         _, count = self._positions()
         head, width = self.teacher.head(), self.scale.student["hidden_size"]
         dtype = getattr(torch, self.scale.dtype)
-        weight = torch.randn(self.scale.vocab_size, width, device=self.device, dtype=dtype, requires_grad=True)
+        weight = torch.randn(self.scale.vocab_size, width, device=self.device, dtype=dtype).div_(width**0.5).requires_grad_()
         hidden = torch.randn(count, width, device=self.device, dtype=dtype, requires_grad=True)
         states = torch.randn(count, self.scale.teacher["hidden_size"], device=self.device, dtype=dtype)
         tokens = torch.zeros(count, dtype=torch.long, device=self.device)
@@ -134,15 +135,26 @@ class Bench:
         flops = 2 * count * self.scale.vocab_size * (3 * width + self.scale.teacher["hidden_size"])
         return {"tokens": count, "flops": flops}
 
-    def start_learner(self) -> None:
+    def start_learner(self, *, compiled: bool) -> None:
         """One rank, loaded from a folder as in a run."""
         dtype: Any = self.scale.dtype
-        config = LearnerConfig(dtype=dtype, threads=torch.get_num_threads(), activation_checkpointing=self.device.type == "cuda")
+        saving = self.device.type == "cuda"
+        config = LearnerConfig(
+            dtype=dtype, threads=torch.get_num_threads(), activation_checkpointing=saving, compiled=compiled
+        )
         size = self.scale.vocab_size
         address, student = ("127.0.0.1", 29_513), str(self.folder / "student")
         head = self.teacher.head()
         self.learner = Learner(student, config=config, rank=0, address=address, vocab_size=size, pad_id=0, teacher_head=head)
         self.learner.begin(Optimiser())
+
+    def stop_learner(self) -> None:
+        """And give its memory back."""
+        self.learner.close()
+        del self.learner
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def learn(self) -> dict[str, Any]:
         """One optimiser step."""
@@ -275,9 +287,10 @@ def main() -> None:
     rows = {"score": timed(bench.score, rate), "projection": timed(bench.project, rate)}
     if which("cc"):
         rows["projection, compiled"] = timed(partial(bench.project, compiled=True), rate)
-    bench.start_learner()
-    rows["learner step"] = timed(bench.learn, rate)
-    bench.learner.close()
+    for compiled in (False, True) if which("cc") else (False,):
+        bench.start_learner(compiled=compiled)
+        rows["learner step, compiled" if compiled else "learner step"] = timed(bench.learn, rate)
+        bench.stop_learner()
     if beside is not None:
         tokens = scale.batch * (scale.prompt + scale.response - 1) / beside[0]
         rows["TRL: score and learn"] = {"seconds": beside[0], "tokens_per_second": tokens, "peak_gigabytes": beside[1]}

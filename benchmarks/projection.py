@@ -2,9 +2,10 @@
 
     python benchmarks/projection.py [V:T ...]
 
-Student width 256, teacher width 512, float32, two threads. A round runs every contender once, so that a busy machine slows all of
-them alike; the first is not counted. Memory is the resident high-water mark over what a fresh process held after a first run at
-a tiny size: with the gradients, without the inputs. Liger-Kernel and TRL take part where they can be imported
+Without a GPU: student width 256, teacher width 512, float32, two threads. On one: 4,096 and 5,120, bfloat16 (dense log-probs and
+our sums in float32, as anywhere). A round runs every contender once, so that a busy machine slows all of them alike; the first is
+not counted. Memory is the high-water mark over the inputs, with the gradients: of a fresh process after a first run at a tiny
+size, on a GPU of PyTorch's allocator. Liger-Kernel and TRL take part where they can be imported
 (``pip install --no-deps liger-kernel trl accelerate``); Liger's ``torch.compile`` wants a C++ compiler. Dense contenders whose
 tensors would not fit are left out.
 """
@@ -30,25 +31,30 @@ from torch.nn.functional import kl_div, log_softmax
 from raykd.divergences import reverse_kl
 from raykd.projection import Head, weighted_loss
 
-THREADS, STUDENT, TEACHER = 2, 256, 512
+GPU = torch.cuda.is_available()
+THREADS, DEVICE = 2, "cuda" if GPU else "cpu"
+STUDENT, TEACHER, DTYPE = (4096, 5120, torch.bfloat16) if GPU else (256, 512, torch.float32)
 SIZES = ((32_000, 2048), (50_257, 2048), (151_936, 1024), (32_000, 8192), (50_257, 8192), (151_936, 8192))
 """(V, T)."""
-DENSE_LIMIT = 6 << 30
+DENSE_LIMIT = 40 << 30 if GPU else 6 << 30
 """Bytes that dense contenders may take; they keep about seven tensors [T, V]."""
-RESULTS = Path(__file__).parent / "results" / "projection.json"
+RESULTS = Path(__file__).parent / "results" / ("projection_gpu.json" if GPU else "projection.json")
 
 
 class Inputs:
     """Random hidden states, heads and tokens."""
 
-    def __init__(self, vocab_size: int, tokens: int) -> None:
+    def __init__(self, vocab_size: int, tokens: int, dtype: torch.dtype = DTYPE) -> None:
         torch.manual_seed(0)
-        self.student_hidden = torch.randn(tokens, STUDENT, requires_grad=True)
-        self.student_weight = (torch.randn(vocab_size, STUDENT) / STUDENT**0.5).requires_grad_()
-        self.teacher_hidden = torch.randn(tokens, TEACHER)
-        self.teacher_weight = torch.randn(vocab_size, TEACHER) / TEACHER**0.5
-        self.tokens = torch.randint(vocab_size, (tokens,))
-        self.weights = torch.full((tokens,), 1 / tokens)
+
+        def normal(rows: int, width: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(rows, width, device=DEVICE).mul_(scale).to(dtype)
+
+        self.student_hidden = normal(tokens, STUDENT).requires_grad_()
+        self.student_weight = normal(vocab_size, STUDENT, STUDENT**-0.5).requires_grad_()
+        self.teacher_hidden, self.teacher_weight = normal(tokens, TEACHER), normal(vocab_size, TEACHER, TEACHER**-0.5)
+        self.tokens = torch.randint(vocab_size, (tokens,), device=DEVICE)
+        self.weights = torch.full((tokens,), 1 / tokens, device=DEVICE)
 
     def gradients(self, loss: Callable[["Inputs"], Tensor]) -> tuple[Tensor, Tensor]:
         """Of the mean over the tokens, one forward and one backward pass."""
@@ -70,11 +76,11 @@ def dense_kl_div(x: Inputs) -> Tensor:
 
 
 def _logprobs(x: Inputs) -> tuple[Tensor, Tensor]:
-    student = log_softmax(x.student_hidden @ x.student_weight.T, dim=-1)
-    return student, log_softmax(x.teacher_hidden @ x.teacher_weight.T, dim=-1)
+    student = log_softmax(x.student_hidden @ x.student_weight.T, dim=-1, dtype=torch.float32)
+    return student, log_softmax(x.teacher_hidden @ x.teacher_weight.T, dim=-1, dtype=torch.float32)
 
 
-def ours(x: Inputs) -> Tensor:
+def ours(x: Inputs, compiled: bool = False) -> Tensor:
     """raykd.projection."""
     loss, _ = weighted_loss(
         Head(weight=x.student_weight),
@@ -85,6 +91,7 @@ def ours(x: Inputs) -> Tensor:
         vocab_size=len(x.student_weight),
         teacher_states=x.teacher_hidden,
         teacher_head=Head(weight=x.teacher_weight),
+        compiled=compiled,
     )
     return loss
 
@@ -113,6 +120,7 @@ def products(x: Inputs) -> list[Tensor]:
 
 
 CONTENDERS: dict[str, Callable[[Inputs], Tensor]] = {"dense": dense, "dense, F.kl_div": dense_kl_div, "raykd": ours}
+CONTENDERS |= {"raykd, compiled": partial(ours, compiled=True)} if which("g++") else {}
 CONTENDERS |= {"Liger-Kernel": liger} if find_spec("liger_kernel") else {}
 CONTENDERS |= {"Liger, compiled": partial(liger, compiled=True)} if find_spec("liger_kernel") and which("g++") else {}
 CONTENDERS |= {"TRL": trl} if find_spec("trl") else {}
@@ -125,8 +133,8 @@ def contenders(vocab_size: int, tokens: int) -> dict[str, Callable[[Inputs], Ten
 
 
 def check() -> None:
-    """All compute the same."""
-    x = Inputs(997, 2100)
+    """All compute the same, in float32."""
+    x = Inputs(997, 2100, torch.float32)
     expected = x.gradients(dense)
     for name, loss in CONTENDERS.items():
         for got, wanted in zip(x.gradients(loss), expected, strict=True):
@@ -147,16 +155,24 @@ def seconds(vocab_size: int, tokens: int) -> dict[str, list[float]]:
     runs["products alone"] = lambda: products(x)
     times: dict[str, list[float]] = {name: [] for name in runs}
     work = gigaflops(vocab_size, tokens)
-    for _ in range(1 + (3 if work < 300 else 2 if work < 2000 else 1)):
+    for _ in range(1 + (10 if GPU else 3 if work < 300 else 2 if work < 2000 else 1)):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
+            if GPU:
+                torch.cuda.synchronize()
             times[name].append(time.perf_counter() - start)
     return {name: found[1:] for name, found in times.items()}  # the first round compiles and warms up
 
 
 def megabytes(name: str, vocab_size: int, tokens: int) -> float:
-    """Peak beyond the inputs, in a process of its own."""
+    """Peak beyond the inputs; without a GPU in a process of its own."""
+    if GPU:
+        x = Inputs(vocab_size, tokens)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        x.gradients(CONTENDERS[name])
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
     command = [sys.executable, __file__, "--memory", name, str(vocab_size), str(tokens)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
@@ -180,10 +196,12 @@ def measure(vocab_size: int, tokens: int) -> dict[str, Any]:
     """One row of the results."""
     times = seconds(vocab_size, tokens)
     return {
+        "device": torch.cuda.get_device_name() if GPU else "CPU",
         "gigaflops": round(gigaflops(vocab_size, tokens), 1),
         "rounds": len(times["raykd"]),
-        "seconds": {name: round(median(found), 2) for name, found in times.items()},
-        "fastest": {name: round(min(found), 2) for name, found in times.items()},
+        "seconds": {name: round(median(found), 5 if GPU else 2) for name, found in times.items()},
+        "fastest": {name: round(min(found), 5 if GPU else 2) for name, found in times.items()},
+        "gradient_megabytes": round((tokens + vocab_size) * STUDENT * DTYPE.itemsize / 1e6),
         "peak_megabytes": {name: round(megabytes(name, vocab_size, tokens)) for name in contenders(vocab_size, tokens)},
         "left_out": sorted(CONTENDERS.keys() - contenders(vocab_size, tokens).keys()),
     }
@@ -196,7 +214,7 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
         bound = row["fastest"]["products alone"]
         for name, fastest in row["fastest"].items():
             memory = str(row["peak_megabytes"].get(name, ""))
-            cells = (f"{row['seconds'][name]:.2f}", f"{fastest:.2f}", f"{fastest / bound:.2f}", memory)
+            cells = (f"{row['seconds'][name]:.4g}", f"{fastest:.4g}", f"{fastest / bound:.2f}", memory)
             shown.add_row(size, f"{row['gigaflops']:.0f}", name, *cells)
         for name in row["left_out"]:
             shown.add_row(size, "", name, "does not fit")

@@ -9,8 +9,10 @@ Shapes: N positions, n positions of a chunk, H hidden width, V true vocabulary (
 
 Weights are known beforehand and no position's loss depends on another's, so that a chunk is differentiated as soon as it exists
 and then forgotten: four matrix products, none of them twice. Liger-Kernel's fused losses (arXiv 2410.10989) do so, too. Between
-the products a chunk is taken in tiles, in which autograd differentiates whatever ``reduce`` does; a tile's slope takes the place
-of its W h. Memory: W h of a chunk for both models, a few tiles, and the gradients themselves.
+the products a chunk is taken in tiles, in which autograd differentiates whatever ``reduce`` does. On a CPU a tile's slope takes
+the place of its W h. On a GPU the slopes of a few chunks, in the dtype of the head, are kept and multiplied together: each
+product passes over the whole gradient of the head. Memory: W h of a chunk for both models, a few tiles, those slopes, and the
+gradients themselves.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,10 +32,14 @@ Reduce = Callable[[Tensor, Tensor | None, Tensor, dict[str, Tensor]], dict[str, 
 """Student and teacher log-probs ``[n, V]``, tokens ``[n]`` and what is given of them ``{name: [n]}``, to ``{name: [n]}``: an
 algorithm's ``per_token``."""
 
-CHUNK_ELEMENTS = {"cpu": 15 * 2**19, "cuda": 2**25}
+CHUNK_ELEMENTS = {"cpu": 15 * 2**19, "cuda": 2**24}
 """Most logits of a chunk. On a CPU 30 MiB, 156 positions at V = 50,257: what is larger than 32 MiB the C library gives back to
 the system at once, and getting it again page by page takes longer than computing on it."""
-TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+CHUNK_POSITIONS = {"cpu": 1, "cuda": 256}
+"""But at least so many positions, in multiples of as many: with fewer, a GPU reads the head for longer than it multiplies."""
+CHUNKS = {"cpu": 1, "cuda": 4}
+"""Whose slopes are multiplied together."""
+TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**62}
 """Most logits that are reduced at a time: on a CPU 4 MiB, so that the many passes between logits and slope stay in its cache."""
 
 PROGRAMS = 64
@@ -112,16 +118,16 @@ def weighted_loss(
     most probable tokens without, or not at all. With ``probe`` it is compared on the way: ValueError when it is not the teacher's
     own distribution. A chunk is ``chunk`` positions at most. ``compiled``: what lies between the products is, by torch.compile.
     """
-    gradients = _Gradients.of(hidden, head)
+    gradients = _Gradients.of(hidden, head, vocab_size)
     totals: dict[str, Tensor] = {}
     rebuilt = unwritten(tokens)
+    size, chunks = _positions(hidden, vocab_size, chunk), CHUNKS[hidden.device.type]
 
-    def take(rows: slice) -> None:
-        """A function, so that nothing of one chunk is alive in the next."""
-        states = hidden[rows].to(student.weight.dtype)
+    def differentiate(rows: slice, states: Tensor, slope: Tensor | None) -> Tensor:
+        """A chunk's W h; its slope is written to ``slope``, or over it. A function, as ``take``: what it holds ends with it."""
         product = student.product(states)
         teacher_product = None if teacher_states is None else _product_of(teacher_states, rows, guide, vocab_size)
-        for at in _slices(rows.start, rows.stop, _positions(TILE_ELEMENTS, hidden, vocab_size)):
+        for at in _slices(rows.start, rows.stop, max(1, TILE_ELEMENTS[hidden.device.type] // vocab_size)):
             tile = slice(at.start - rows.start, at.stop - rows.start)
             sums = partial(
                 _compiled() if compiled else _sums,
@@ -134,17 +140,29 @@ def weighted_loss(
                 heads=(student, guide),
                 vocab_size=vocab_size,
             )
-            for name, value in _differentiate(product[tile], sums, gradients.wanted).items():
+            into = None if not gradients.wanted else product[tile] if slope is None else slope[tile]
+            for name, value in _differentiate(product[tile], sums, into).items():
                 totals[name] = totals.get(name, 0.0) + value
+        return product
+
+    def take(block: slice) -> None:
+        states = hidden[block].to(student.weight.dtype)
+        if chunks == 1:
+            slope = differentiate(block, states, None)
+        else:
+            slope = states.new_empty(len(states) if gradients.wanted else 0, vocab_size)
+            for rows in _slices(block.start, block.stop, size):
+                own = slice(rows.start - block.start, rows.stop - block.start)
+                differentiate(rows, states[own], slope[own])
         if gradients.wanted:
             with halves(student.widened):
-                gradients.add(rows, product.to(states.dtype), states, student.weight)
+                gradients.add(block, slope, states, student.weight)
 
     with torch.no_grad():
         student = head.ready(vocab_size)
         guide = None if teacher_head is None else teacher_head.ready(vocab_size)
-        for rows in _slices(0, len(tokens), _positions(CHUNK_ELEMENTS, hidden, vocab_size, chunk)):
-            take(rows)
+        for block in _slices(0, len(tokens), size * chunks):
+            take(block)
     if probe is not None and teacher_states is not None:
         compare(probe, rebuilt, torch.float32 if isinstance(teacher_states, Top) else teacher_states.dtype)
     return _Differentiated.apply(totals.pop("loss"), gradients, hidden, head.weight, head.bias), totals
@@ -168,7 +186,7 @@ def teacher_probe(states: Tensor, head: Head | None, tokens: Tensor, vocab_size:
     """What ``Scores`` carries as its probe, from the teacher's hidden states ``[N, H]``, or from logits when ``head`` is None."""
     head = None if head is None else head.ready(vocab_size)
     probe = unwritten(tokens)
-    for rows in _slices(0, len(tokens), _positions(CHUNK_ELEMENTS, states, vocab_size, chunk)):
+    for rows in _slices(0, len(tokens), _positions(states, vocab_size, chunk)):
         _teacher(_product_of(states, rows, head, vocab_size), head, tokens[rows], vocab_size, probe.rows(rows))
     return probe
 
@@ -178,7 +196,7 @@ def teacher_top(states: Tensor, head: Head, k: int, vocab_size: int, chunk: int 
     """The ``k`` most probable tokens, from the teacher's hidden states ``[N, H]``."""
     head = head.ready(vocab_size)
     found = []
-    for rows in _slices(0, len(states), _positions(CHUNK_ELEMENTS, states, vocab_size, chunk)):
+    for rows in _slices(0, len(states), _positions(states, vocab_size, chunk)):
         logprobs = torch.log_softmax(head(states[rows]), dim=-1)
         values, tokens = logprobs.topk(k)
         others = logprobs.scatter_(-1, tokens, -torch.inf).logsumexp(-1, keepdim=True)
@@ -213,39 +231,45 @@ def _compiled() -> Callable[..., dict[str, Tensor]]:
     return torch.compile(_sums, dynamic=True)
 
 
-def _differentiate(product: Tensor, sums: Callable[[Tensor], dict[str, Tensor]], wanted: bool) -> dict[str, Tensor]:
-    """The sums of a tile, W h of which is overwritten by d loss / d (W h) where that is wanted."""
-    with torch.set_grad_enabled(wanted):
-        found = sums(product.requires_grad_(wanted))
-    if wanted:
-        product.copy_(torch.autograd.grad(found["loss"], product)[0])
+def _differentiate(product: Tensor, sums: Callable[[Tensor], dict[str, Tensor]], into: Tensor | None) -> dict[str, Tensor]:
+    """The sums of a tile; d loss / d (W h) is written to ``into``, where that is wanted."""
+    with torch.set_grad_enabled(into is not None):
+        found = sums(product.requires_grad_(into is not None))
+    if into is not None:
+        into.copy_(torch.autograd.grad(found["loss"], product)[0])
     return {name: value.detach() for name, value in found.items()}
 
 
 class _Gradients(NamedTuple):
-    """Of what is learned, summed over the chunks in at least float32; None of what is not."""
+    """Of what is learned, in at least float32; None of what is not."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
     @classmethod
-    def of(cls, hidden: Tensor, head: Head) -> "_Gradients":
-        return cls(*(_zeros_if_learned(value) for value in (hidden, head.weight, head.bias)))
+    def of(cls, hidden: Tensor, head: Head, vocab_size: int) -> "_Gradients":
+        """To be filled: all but the bias's, and the rows that the head has beyond the vocabulary."""
+        gradients = cls(*(_unwritten_if_learned(value) for value in (hidden, head.weight, head.bias)))
+        if gradients.weight is not None:
+            gradients.weight[vocab_size:] = 0
+        if gradients.bias is not None:
+            gradients.bias.zero_()
+        return gradients
 
     @property
     def wanted(self) -> bool:
         return any(gradient is not None for gradient in self)
 
     def add(self, rows: slice, slope: Tensor, states: Tensor, weight: Tensor) -> None:
-        """A chunk's: ``slope`` is d loss / d (W h), ``[n, V]``."""
-        vocab_size = slope.shape[1]
+        """Those of some rows, in order: ``slope`` is d loss / d (W h), ``[n, V]``."""
+        vocab_size, beta = slope.shape[1], 0 if rows.start == 0 else 1
         if self.hidden is not None:
-            _add_product(self.hidden[rows], slope, weight)
+            _add_product(self.hidden[rows], 0, slope, weight)
         if self.weight is not None:
-            _add_product(self.weight[:vocab_size], slope.T, states)
+            _add_product(self.weight[:vocab_size], beta, slope.T, states)
         if self.bias is not None:
-            self.bias[:vocab_size] += slope.sum(0)
+            self.bias[:vocab_size] += slope.sum(0, dtype=self.bias.dtype)
 
 
 class _Differentiated(torch.autograd.Function):
@@ -265,10 +289,10 @@ class _Differentiated(torch.autograd.Function):
         return None, None, *(None if gradient is None else gradient * upstream[0] for gradient in ctx.saved_tensors)
 
 
-def _zeros_if_learned(value: Tensor | None) -> Tensor | None:
+def _unwritten_if_learned(value: Tensor | None) -> Tensor | None:
     if value is None or not (value.requires_grad and torch.is_grad_enabled()):
         return None
-    return torch.zeros_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
+    return torch.empty_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
 
 
 def _product_of(sent: Tensor | Top, rows: slice, head: Head | None, vocab_size: int) -> Tensor:
@@ -298,17 +322,22 @@ def _product(first: Tensor, second: Tensor) -> Tensor:
     return promote(first) @ promote(second)
 
 
-def _add_product(total: Tensor, first: Tensor, second: Tensor) -> None:
-    """total += first @ second, without a temporary where the dtypes agree."""
+def _add_product(total: Tensor, beta: int, first: Tensor, second: Tensor) -> None:
+    """total = beta total + first @ second, without a temporary where that can be."""
     if first.dtype == total.dtype:
-        total.addmm_(first, second)
+        total.addmm_(first, second, beta=beta)
+    elif first.is_cuda:
+        torch.addmm(total, first, second, beta=beta, out_dtype=total.dtype, out=total)
     else:
-        total += _product(first, second)
+        product = _product(first, second)
+        total.copy_(product if beta == 0 else total + product)
 
 
-def _positions(elements: dict[str, int], states: Tensor, vocab_size: int, most: int | None = None) -> int:
-    """Positions whose logits are so many elements at most."""
-    positions = max(1, elements[states.device.type] // vocab_size)
+def _positions(states: Tensor, vocab_size: int, most: int | None = None) -> int:
+    """Of a chunk."""
+    device = states.device.type
+    step = CHUNK_POSITIONS[device]
+    positions = max(step, CHUNK_ELEMENTS[device] // vocab_size // step * step)
     return positions if most is None else min(positions, most)
 
 
