@@ -1,0 +1,106 @@
+"""What only a GPU does: the chunked loss in its sizes and dtypes there. Where there is one, the tests of learner, teacher, packing
+and rollout engine run on it by themselves."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_projection import ALGORITHMS, Case, gradients, named
+from torch import Tensor
+
+from raykd import projection
+from raykd.algorithms import GKD, Algorithm, MiniLLM
+from raykd.algorithms.token_divergences import JSD, ReverseKL
+from raykd.divergences import reverse_kl
+from raykd.projection import Head, teacher_probe, weighted_loss
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+class OnGPU(Case):
+    """The same numbers in the GPU's memory."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        for name, value in vars(self).items():
+            setattr(self, name, moved(value))
+
+
+def moved(value: Any) -> Any:
+    if isinstance(value, Head):
+        return replace(value, weight=moved(value.weight), bias=moved(value.bias))
+    if isinstance(value, dict):
+        return {name: moved(item) for name, item in value.items()}
+    return value if value is None else value.detach().cuda().requires_grad_(value.requires_grad)
+
+
+@pytest.fixture(params=[(1, 1), (2, 2), (3, 4)], ids=lambda sizes: "chunks of {}, {} together".format(*sizes))
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Positions of a chunk, and chunks whose slopes are multiplied together."""
+    positions, chunks = request.param
+    monkeypatch.setitem(projection.CHUNK_POSITIONS, "cuda", positions)
+    monkeypatch.setitem(projection.CHUNK_ELEMENTS, "cuda", 1)
+    monkeypatch.setitem(projection.CHUNKS, "cuda", chunks)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
+def test_loss_and_gradient_are_the_cpus(algorithm: Algorithm, dtype: torch.dtype, tolerance: float) -> None:
+    here, there = Case(dtype=torch.float64), OnGPU(dtype=dtype)
+    expected, sums = here.dense(algorithm)
+    found, found_sums = there.chunked(algorithm)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=tolerance, abs=tolerance)
+    assert {name: float(value) for name, value in found_sums.items()} == pytest.approx(
+        {name: float(value) for name, value in sums.items()}, rel=10 * tolerance, abs=10 * tolerance
+    )
+    for got, wanted in zip(gradients(found, there), gradients(expected, here), strict=True):
+        torch.testing.assert_close(got.cpu().double(), wanted, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("algorithm", [GKD(divergence=ReverseKL()), GKD(divergence=JSD()), MiniLLM()], ids=named)
+def test_compiled_it_is_the_same(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(projection.CHUNK_POSITIONS, "cuda", 4)
+    monkeypatch.setitem(projection.CHUNK_ELEMENTS, "cuda", 1)
+    case = OnGPU(dtype=torch.float32)
+    expected, found = (case.chunked(algorithm, compiled=compiled)[0] for compiled in (False, True))
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for got, wanted in zip(gradients(found, case), gradients(expected, case), strict=True):
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("vocab_size", [1024, 1003], ids=["even", "odd"])
+def test_in_bfloat16_only_the_slope_is_rounded(vocab_size: int, compiled: bool) -> None:
+    """Logits and sums are float32; against float32 arithmetic on the same numbers."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cuda").bfloat16()
+
+    tokens, width = 1500, 64  # more than one block of chunks
+    hidden, weight = normal(tokens, width).requires_grad_(), (normal(vocab_size + 5, width) / 4).requires_grad_()
+    states, teacher = normal(tokens, 96), Head(weight=normal(vocab_size + 5, 96) / 4)
+    chosen = torch.randint(vocab_size, (tokens,), device="cuda")
+    found, _ = weighted_loss(
+        Head(weight=weight),
+        hidden,
+        chosen,
+        torch.full((tokens,), 1 / tokens, device="cuda"),
+        GKD(divergence=ReverseKL()).per_token,
+        vocab_size=vocab_size,
+        teacher_states=states,
+        teacher_head=teacher,
+        probe=teacher_probe(states, teacher, chosen, vocab_size),
+        compiled=compiled,
+    )
+    got = torch.autograd.grad(found, (hidden, weight))
+    wide = [value.detach().double().requires_grad_() for value in (hidden, weight)]
+    student = (wide[0] @ wide[1][:vocab_size].T).log_softmax(-1)
+    expected = reverse_kl(student, (states.double() @ teacher.weight[:vocab_size].double().T).log_softmax(-1)).mean()
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for gradient, wanted in zip(got, torch.autograd.grad(expected, wide), strict=True):
+        assert gradient.dtype == torch.bfloat16
+        assert float((gradient.double() - wanted).norm() / wanted.norm()) < 5e-3
+    assert not got[1][vocab_size:].any()
