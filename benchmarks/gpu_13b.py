@@ -139,9 +139,7 @@ class Bench:
         """One rank, loaded from a folder as in a run."""
         dtype: Any = self.scale.dtype
         saving = self.device.type == "cuda"
-        config = LearnerConfig(
-            dtype=dtype, threads=torch.get_num_threads(), activation_checkpointing=saving, compiled=compiled
-        )
+        config = LearnerConfig(dtype=dtype, threads=torch.get_num_threads(), activation_checkpointing=saving, compiled=compiled)
         size = self.scale.vocab_size
         address, student = ("127.0.0.1", 29_513), str(self.folder / "student")
         head = self.teacher.head()

@@ -139,32 +139,36 @@ def alpha_beta(student: Tensor, teacher: Tensor, alpha: float, beta: float) -> T
 
 def _kl(first: Tensor, second: Tensor) -> Tensor:
     """sum_v exp(first) (first - second), with 0 log 0 = 0; +inf, without a gradient, where only ``second`` has no mass."""
-    return _KL.apply(first, second)
+    return _KL.apply(first, second)[0]
 
 
 class _KL(torch.autograd.Function):
     """By hand, since masks of ``[..., V]`` would take most of the time: -inf is a floor instead, whose exponential is 0."""
 
     @staticmethod
-    def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:
+    def forward(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The values, and what the gradient needs: probabilities, terms, and which values are infinite."""
         probabilities = first.exp()
         if can_look(first):
             terms = (first - second).mul_(probabilities)
             if all_finite(values := terms.sum(-1)):
-                ctx.save_for_backward(probabilities, terms, None)
-                return values
+                return values, probabilities, terms, torch.zeros((), dtype=torch.bool)
         floor = torch.finfo(first.dtype).min / 4
         terms = first.clamp(min=floor) - second.clamp(min=floor)
         impossible = terms.amax(-1) > -floor / 2
         terms *= probabilities
-        ctx.save_for_backward(probabilities, terms, impossible)
-        return terms.sum(-1).masked_fill(impossible, math.inf)
+        return terms.sum(-1).masked_fill(impossible, math.inf), probabilities, terms, impossible
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         probabilities, terms, impossible = ctx.saved_tensors
-        slope = (upstream[0] if impossible is None else upstream[0].masked_fill(impossible, 0.0)).unsqueeze(-1)
+        slope = (upstream[0].masked_fill(impossible, 0.0) if impossible.ndim else upstream[0]).unsqueeze(-1)
         to_first = (terms + probabilities).mul_(slope) if ctx.needs_input_grad[0] else None
         return to_first, probabilities * -slope if ctx.needs_input_grad[1] else None
 

@@ -21,9 +21,9 @@ class Probe(NamedTuple):
     logprobs: Tensor
     """log p of the response token; [N] float32."""
 
-    def rows(self, at: slice) -> "Probe":
-        """Of some positions, in place."""
-        return Probe(self.log_normaliser[at], self.logprobs[at])
+    def write(self, at: slice, log_normaliser: Tensor, logprobs: Tensor) -> None:
+        """What was found at some positions."""
+        self.log_normaliser[at], self.logprobs[at] = log_normaliser, logprobs
 
 
 class Top(NamedTuple):

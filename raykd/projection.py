@@ -10,20 +10,21 @@ Shapes: N positions, n positions of a chunk, H hidden width, V true vocabulary (
 Weights are known beforehand and no position's loss depends on another's, so that a chunk is differentiated as soon as it exists
 and then forgotten: four matrix products, none of them twice. Liger-Kernel's fused losses (arXiv 2410.10989) do so, too. Between
 the products a chunk is taken in tiles, in which autograd differentiates whatever ``reduce`` does. On a CPU a tile's slope takes
-the place of its W h. On a GPU the slopes of a few chunks, in the dtype of the head, are kept and multiplied together: each
-product passes over the whole gradient of the head. Memory: W h of a chunk for both models, a few tiles, those slopes, and the
-gradients themselves.
+the place of its W h. On a GPU slopes are kept in the dtype of the head, as many as have room where its gradient would be summed
+in float32: mostly all, and then that is one product, rounded once. Memory: W h of a chunk for both models, a few tiles, the
+slopes on a GPU, and the gradients themselves.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from raykd.logprobs import can_look, gather, promote
 from raykd.payloads import Probe, Top, compare, unwritten
@@ -32,15 +33,32 @@ Reduce = Callable[[Tensor, Tensor | None, Tensor, dict[str, Tensor]], dict[str, 
 """Student and teacher log-probs ``[n, V]``, tokens ``[n]`` and what is given of them ``{name: [n]}``, to ``{name: [n]}``: an
 algorithm's ``per_token``."""
 
-CHUNK_ELEMENTS = {"cpu": 15 * 2**19, "cuda": 2**24}
-"""Most logits of a chunk. On a CPU 30 MiB, 156 positions at V = 50,257: what is larger than 32 MiB the C library gives back to
-the system at once, and getting it again page by page takes longer than computing on it."""
-CHUNK_POSITIONS = {"cpu": 1, "cuda": 256}
-"""But at least so many positions, in multiples of as many: with fewer, a GPU reads the head for longer than it multiplies."""
-CHUNKS = {"cpu": 1, "cuda": 4}
-"""Whose slopes are multiplied together."""
-TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**62}
-"""Most logits that are reduced at a time: on a CPU 4 MiB, so that the many passes between logits and slope stay in its cache."""
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is computed at a time."""
+
+    chunk: int
+    """Most logits of a chunk."""
+    positions: int
+    """A chunk has at least so many, and a multiple of them."""
+    tile: int
+    """Most logits that are reduced at a time."""
+    rows: int
+    """A head's are made a multiple of these."""
+    slopes_kept: bool
+    """Whether those of several chunks are multiplied together."""
+
+
+SIZES = {
+    # Chunks of 30 MiB, 156 positions at V = 50,257: what is larger than 32 MiB the C library gives back to the system at once,
+    # and getting it again page by page takes longer than computing on it. Tiles of 4 MiB: the many passes between logits and
+    # slope stay in the caches.
+    "cpu": Sizes(chunk=15 * 2**19, positions=1, tile=2**20, rows=1, slopes_kept=False),
+    # With fewer positions the head is read for longer than it is multiplied. A head of an odd number of rows takes seven times as
+    # long as one of a few rows more.
+    "cuda": Sizes(chunk=2**25, positions=256, tile=2**62, rows=64, slopes_kept=True),
+}
 
 PROGRAMS = 64
 """Compiled ones that are kept: an algorithm has several, with and without gradient, for the first tile of a chunk and others."""
@@ -58,18 +76,21 @@ class Head:
     softcap: float | None = None
     widened: bool = False
     """The weight is float32 that holds bfloat16 values."""
+    vocab_size: int | None = None
+    """Rows of the weight that make logits; all where it is None."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[n, H] -> [n, V]``."""
         return self.logits(self.product(hidden))
 
     def product(self, hidden: Tensor) -> Tensor:
-        """W h, ``[n, H] -> [n, V]``. That of halves is kept in float32: a bfloat16 logit near 16 would be off by up to 0.06."""
+        """W h, of every row. That of halves is kept in float32: a bfloat16 logit near 16 would be off by up to 0.06."""
         with halves(self.widened):
             return _product(hidden.to(self.weight.dtype), self.weight.T)
 
     def logits(self, product: Tensor) -> Tensor:
-        """Bias, scale and soft-cap; ``[n, V] -> [n, V]``, the same tensor where there are none."""
+        """Bias, scale and soft-cap; ``[n, V]``, the product's own memory where there are none."""
+        product = product[:, : self.vocab_size]
         logits = product if self.bias is None else product + self.bias.to(product.dtype)
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -87,13 +108,17 @@ class Head:
         return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
 
     def ready(self, vocab_size: int) -> "Head":
-        """Cut to the true vocabulary; on a CPU, where products of halves would be rounded to halves, widened. A frozen model's is
-        made ready once: for a small one, widening takes a tenth of a step."""
-        head = self.cut(vocab_size)
-        if head.weight.is_cuda:
-            return head
-        widened = head.widened or head.weight.dtype == torch.bfloat16
-        return replace(head, weight=promote(head.weight), widened=widened)
+        """Cut to the true vocabulary, and such that its products are fast: on a CPU, where those of halves would be rounded to
+        halves, widened; on a GPU with rows beyond the vocabulary that are computed and not looked at. A frozen model's is made
+        ready once: for a small one, widening takes a tenth of a step."""
+        rows = -(-vocab_size // SIZES[self.weight.device.type].rows) * SIZES[self.weight.device.type].rows
+        head, weight = self.cut(vocab_size), self.weight[:rows]
+        if len(weight) < rows:
+            weight = pad(weight, (0, 0, 0, rows - len(weight)))
+        if weight.is_cpu:
+            head = replace(head, widened=head.widened or weight.dtype == torch.bfloat16)
+            weight = promote(weight)
+        return replace(head, weight=weight, vocab_size=vocab_size)
 
 
 def weighted_loss(
@@ -118,39 +143,46 @@ def weighted_loss(
     most probable tokens without, or not at all. With ``probe`` it is compared on the way: ValueError when it is not the teacher's
     own distribution. A chunk is ``chunk`` positions at most. ``compiled``: what lies between the products is, by torch.compile.
     """
-    gradients = _Gradients.of(hidden, head, vocab_size)
+    student = head.ready(vocab_size)
+    guide = None if teacher_head is None else teacher_head.ready(vocab_size)
+    sizes = SIZES[hidden.device.type]
+    size = _positions(hidden, vocab_size, chunk)
+    together = _positions_together(size, student.weight) if sizes.slopes_kept else size
+    gradients = _Gradients.of(hidden, head, student, summed=len(tokens) > together)
     totals: dict[str, Tensor] = {}
     rebuilt = unwritten(tokens)
-    size, chunks = _positions(hidden, vocab_size, chunk), CHUNKS[hidden.device.type]
 
     def differentiate(rows: slice, states: Tensor, slope: Tensor | None) -> Tensor:
         """A chunk's W h; its slope is written to ``slope``, or over it. A function, as ``take``: what it holds ends with it."""
         product = student.product(states)
         teacher_product = None if teacher_states is None else _product_of(teacher_states, rows, guide, vocab_size)
-        for at in _slices(rows.start, rows.stop, max(1, TILE_ELEMENTS[hidden.device.type] // vocab_size)):
+        for at in _slices(rows.start, rows.stop, max(1, sizes.tile // vocab_size)):
             tile = slice(at.start - rows.start, at.stop - rows.start)
-            sums = partial(
-                _compiled() if compiled else _sums,
-                teacher=None if teacher_product is None else teacher_product[tile],
-                tokens=tokens[at].clone(),  # so that none begins inside another: compiled programs look at that
-                weights=weights[at].clone(),
-                given={name: values[at].clone() for name, values in (given or {}).items()},
-                probe=rebuilt.rows(at),
-                reduce=reduce,
-                heads=(student, guide),
-                vocab_size=vocab_size,
+            found, known = _differentiate(
+                product[tile],
+                None if slope is None else slope[tile],
+                gradients.wanted,
+                compiled,
+                None if teacher_product is None else teacher_product[tile],
+                tokens[at].clone(),  # so that none begins inside another: compiled programs look at that
+                weights[at].clone(),
+                {name: values[at].clone() for name, values in (given or {}).items()},
+                reduce,
+                (student, guide),
+                vocab_size,
             )
-            into = None if not gradients.wanted else product[tile] if slope is None else slope[tile]
-            for name, value in _differentiate(product[tile], sums, into).items():
+            for name, value in found.items():
                 totals[name] = totals.get(name, 0.0) + value
+            if known:
+                rebuilt.write(at, *known)
         return product
 
     def take(block: slice) -> None:
         states = hidden[block].to(student.weight.dtype)
-        if chunks == 1:
+        if not sizes.slopes_kept:
             slope = differentiate(block, states, None)
         else:
-            slope = states.new_empty(len(states) if gradients.wanted else 0, vocab_size)
+            slope = states.new_empty(len(states) if gradients.wanted else 0, len(student.weight))
             for rows in _slices(block.start, block.stop, size):
                 own = slice(rows.start - block.start, rows.stop - block.start)
                 differentiate(rows, states[own], slope[own])
@@ -159,12 +191,11 @@ def weighted_loss(
                 gradients.add(block, slope, states, student.weight)
 
     with torch.no_grad():
-        student = head.ready(vocab_size)
-        guide = None if teacher_head is None else teacher_head.ready(vocab_size)
-        for block in _slices(0, len(tokens), size * chunks):
+        for block in _slices(0, len(tokens), together):
             take(block)
     if probe is not None and teacher_states is not None:
         compare(probe, rebuilt, torch.float32 if isinstance(teacher_states, Top) else teacher_states.dtype)
+    gradients = gradients.of_rows(len(head.weight))
     return _Differentiated.apply(totals.pop("loss"), gradients, hidden, head.weight, head.bias), totals
 
 
@@ -187,7 +218,7 @@ def teacher_probe(states: Tensor, head: Head | None, tokens: Tensor, vocab_size:
     head = None if head is None else head.ready(vocab_size)
     probe = unwritten(tokens)
     for rows in _slices(0, len(tokens), _positions(states, vocab_size, chunk)):
-        _teacher(_product_of(states, rows, head, vocab_size), head, tokens[rows], vocab_size, probe.rows(rows))
+        probe.write(rows, *_teacher(_product_of(states, rows, head, vocab_size), head, tokens[rows], vocab_size)[1])
     return probe
 
 
@@ -204,72 +235,102 @@ def teacher_top(states: Tensor, head: Head, k: int, vocab_size: int, chunk: int 
     return Top(torch.cat([top.tokens for top in found]), torch.cat([top.logprobs for top in found]))
 
 
+Found = tuple[dict[str, Tensor], tuple[Tensor, ...]]
+"""What a tile adds to every total, and what it shows of the teacher: a ``Probe``, or nothing."""
+
+
 def _sums(
     product: Tensor,
-    *,
     teacher: Tensor | None,
     tokens: Tensor,
     weights: Tensor,
     given: dict[str, Tensor],
-    probe: Probe,
     reduce: Reduce,
     heads: tuple[Head, Head | None],
     vocab_size: int,
-) -> dict[str, Tensor]:
-    """Of a tile, everything between the products: what it adds to every total, and in ``probe`` what it shows of the teacher."""
+) -> tuple[Tensor, Found]:
+    """Of a tile, everything between the products: the loss, and beside it all that is found."""
     student, guide = heads
-    logprobs = None if teacher is None else _teacher(teacher, guide, tokens, vocab_size, probe)
+    logprobs, known = (None, ()) if teacher is None else _teacher(teacher, guide, tokens, vocab_size)
     values = reduce(torch.log_softmax(student.logits(product), dim=-1), logprobs, tokens, given)
-    values["loss"] = values["loss"] * weights.to(product.dtype)
-    return {name: value.sum() for name, value in values.items()}
+    loss = (values["loss"] * weights.to(product.dtype)).sum()
+    return loss, ({name: value.detach().sum() for name, value in values.items()} | {"loss": loss.detach()}, known)
+
+
+def _differentiate(product: Tensor, slope: Tensor | None, wanted: bool, compiled: bool, *tile: Any) -> Found:
+    """What a tile gives; d loss / d (W h) is written to ``slope``, or over W h, where it is wanted."""
+    if compiled:
+        return _compiled()(product, slope, wanted, *tile)
+    with torch.set_grad_enabled(wanted):
+        loss, found = _sums(product.requires_grad_(wanted), *tile)
+    if wanted:
+        (product if slope is None else slope).copy_(torch.autograd.grad(loss, product)[0])
+    return found
+
+
+def _at_once(product: Tensor, slope: Tensor | None, wanted: bool, *tile: Any) -> Found:
+    """The same as a function of tensors alone, which becomes one program."""
+    if not wanted:
+        return _sums(product, *tile)[1]
+    gradient, found = torch.func.grad(_sums, has_aux=True)(product, *tile)
+    (product if slope is None else slope).copy_(gradient)
+    return found
 
 
 @cache
-def _compiled() -> Callable[..., dict[str, Tensor]]:
+def _compiled() -> Callable[..., Found]:
     """A program for each algorithm, for tiles of any height; few, so that all are kept."""
     torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
-    return torch.compile(_sums, dynamic=True)
-
-
-def _differentiate(product: Tensor, sums: Callable[[Tensor], dict[str, Tensor]], into: Tensor | None) -> dict[str, Tensor]:
-    """The sums of a tile; d loss / d (W h) is written to ``into``, where that is wanted."""
-    with torch.set_grad_enabled(into is not None):
-        found = sums(product.requires_grad_(into is not None))
-    if into is not None:
-        into.copy_(torch.autograd.grad(found["loss"], product)[0])
-    return {name: value.detach() for name, value in found.items()}
+    return torch.compile(_at_once, dynamic=True)
 
 
 class _Gradients(NamedTuple):
-    """Of what is learned, in at least float32; None of what is not."""
+    """Of what is learned; None of what is not."""
 
     hidden: Tensor | None
     weight: Tensor | None
+    """Of every row of the head that is multiplied."""
     bias: Tensor | None
 
     @classmethod
-    def of(cls, hidden: Tensor, head: Head, vocab_size: int) -> "_Gradients":
-        """To be filled: all but the bias's, and the rows that the head has beyond the vocabulary."""
-        gradients = cls(*(_unwritten_if_learned(value) for value in (hidden, head.weight, head.bias)))
+    def of(cls, hidden: Tensor, head: Head, ready: Head, *, summed: bool) -> "_Gradients":
+        """To be written, but for the bias's and for rows that ``head`` has and ``ready`` has not. In at least float32, so that
+        they are rounded once; in their own dtype where a GPU need not sum over blocks."""
+
+        def room(value: Tensor | None, rows: int) -> Tensor | None:
+            if value is None or not (value.requires_grad and torch.is_grad_enabled()):
+                return None
+            dtype = torch.promote_types(value.dtype, torch.float32) if summed or value.is_cpu else value.dtype
+            return value.new_empty(rows, *value.shape[1:], dtype=dtype)
+
+        gradients = cls(
+            hidden=room(hidden, len(hidden)),
+            weight=room(head.weight, max(len(head.weight), len(ready.weight))),
+            bias=None if head.bias is None else room(head.bias, len(head.bias)),
+        )
         if gradients.weight is not None:
-            gradients.weight[vocab_size:] = 0
+            gradients.weight[len(ready.weight) :] = 0
         if gradients.bias is not None:
             gradients.bias.zero_()
         return gradients
+
+    def of_rows(self, rows: int) -> "_Gradients":
+        """Without those of rows that only the product has."""
+        return self if self.weight is None else self._replace(weight=self.weight[:rows])
 
     @property
     def wanted(self) -> bool:
         return any(gradient is not None for gradient in self)
 
     def add(self, rows: slice, slope: Tensor, states: Tensor, weight: Tensor) -> None:
-        """Those of some rows, in order: ``slope`` is d loss / d (W h), ``[n, V]``."""
-        vocab_size, beta = slope.shape[1], 0 if rows.start == 0 else 1
+        """Those of some positions, in order: ``slope`` is d loss / d (W h), a column for each row of ``weight``."""
         if self.hidden is not None:
             _add_product(self.hidden[rows], 0, slope, weight)
         if self.weight is not None:
-            _add_product(self.weight[:vocab_size], beta, slope.T, states)
+            _add_product(self.weight[: len(weight)], 0 if rows.start == 0 else 1, slope.T, states)
         if self.bias is not None:
-            self.bias[:vocab_size] += slope.sum(0, dtype=self.bias.dtype)
+            rows_of_both = min(len(self.bias), len(weight))
+            self.bias[:rows_of_both] += slope.sum(0, dtype=self.bias.dtype)[:rows_of_both]
 
 
 class _Differentiated(torch.autograd.Function):
@@ -289,12 +350,6 @@ class _Differentiated(torch.autograd.Function):
         return None, None, *(None if gradient is None else gradient * upstream[0] for gradient in ctx.saved_tensors)
 
 
-def _unwritten_if_learned(value: Tensor | None) -> Tensor | None:
-    if value is None or not (value.requires_grad and torch.is_grad_enabled()):
-        return None
-    return torch.empty_like(value, dtype=torch.promote_types(value.dtype, torch.float32))
-
-
 def _product_of(sent: Tensor | Top, rows: slice, head: Head | None, vocab_size: int) -> Tensor:
     """The teacher's W h of some rows, or its logits where they are what was sent."""
     if isinstance(sent, Top):
@@ -302,17 +357,16 @@ def _product_of(sent: Tensor | Top, rows: slice, head: Head | None, vocab_size: 
     return sent[rows] if head is None else head.product(sent[rows])
 
 
-def _teacher(product: Tensor, head: Head | None, tokens: Tensor, vocab_size: int, probe: Probe) -> Tensor:
-    """The teacher's log-probs ``[n, V]``; the probe that they give is written down."""
+def _teacher(product: Tensor, head: Head | None, tokens: Tensor, vocab_size: int) -> tuple[Tensor, Probe]:
+    """The teacher's log-probs ``[n, V]``, and what they show of it."""
     if product.shape[1] < vocab_size:
         raise ValueError(
             f"{product.shape[1]} logits for a vocabulary of {vocab_size}: model and tokenizer do not belong together"
         )
     logits = promote(product[:, :vocab_size]) if head is None else head.logits(product)
     logprobs = torch.log_softmax(logits, dim=-1)
-    probe.logprobs.copy_(gather(logprobs, tokens))
-    probe.log_normaliser.copy_(gather(logits, tokens) - probe.logprobs)
-    return logprobs
+    chosen = gather(logprobs, tokens)
+    return logprobs, Probe(gather(logits, tokens) - chosen, chosen)
 
 
 def _product(first: Tensor, second: Tensor) -> Tensor:
@@ -335,10 +389,15 @@ def _add_product(total: Tensor, beta: int, first: Tensor, second: Tensor) -> Non
 
 def _positions(states: Tensor, vocab_size: int, most: int | None = None) -> int:
     """Of a chunk."""
-    device = states.device.type
-    step = CHUNK_POSITIONS[device]
-    positions = max(step, CHUNK_ELEMENTS[device] // vocab_size // step * step)
+    sizes = SIZES[states.device.type]
+    positions = max(1, sizes.chunk // vocab_size // sizes.positions) * sizes.positions
     return positions if most is None else min(positions, most)
+
+
+def _positions_together(size: int, weight: Tensor) -> int:
+    """Whole chunks, whose slopes have room where the gradient of the head would be summed in at least float32."""
+    wide = torch.promote_types(weight.dtype, torch.float32).itemsize
+    return max(1, weight.shape[1] * wide // weight.itemsize // size) * size
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

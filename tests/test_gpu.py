@@ -1,5 +1,5 @@
-"""What only a GPU does: the chunked loss in its sizes and dtypes there. Where there is one, the tests of learner, teacher, packing
-and rollout engine run on it by themselves."""
+"""What only a GPU does: the chunked loss in its sizes and dtypes there. Where there is one, the tests of learner, teacher,
+packing and rollout engine run on it by themselves."""
 
 from dataclasses import replace
 from typing import Any
@@ -9,11 +9,10 @@ import torch
 from test_projection import ALGORITHMS, Case, gradients, named
 from torch import Tensor
 
-from raykd import projection
 from raykd.algorithms import GKD, Algorithm, MiniLLM
 from raykd.algorithms.token_divergences import JSD, ReverseKL
 from raykd.divergences import reverse_kl
-from raykd.projection import Head, teacher_probe, weighted_loss
+from raykd.projection import SIZES, Head, teacher_probe, weighted_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -35,13 +34,10 @@ def moved(value: Any) -> Any:
     return value if value is None else value.detach().cuda().requires_grad_(value.requires_grad)
 
 
-@pytest.fixture(params=[(1, 1), (2, 2), (3, 4)], ids=lambda sizes: "chunks of {}, {} together".format(*sizes))
+@pytest.fixture(params=[1, 2, 1000], ids=lambda positions: f"chunks of {positions}")
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions of a chunk, and chunks whose slopes are multiplied together."""
-    positions, chunks = request.param
-    monkeypatch.setitem(projection.CHUNK_POSITIONS, "cuda", positions)
-    monkeypatch.setitem(projection.CHUNK_ELEMENTS, "cuda", 1)
-    monkeypatch.setitem(projection.CHUNKS, "cuda", chunks)
+    """Positions of a chunk: the slopes of several are multiplied together, and their products summed."""
+    monkeypatch.setitem(SIZES, "cuda", replace(SIZES["cuda"], chunk=1, positions=request.param))
 
 
 @pytest.mark.usefixtures("small")
@@ -61,8 +57,7 @@ def test_loss_and_gradient_are_the_cpus(algorithm: Algorithm, dtype: torch.dtype
 
 @pytest.mark.parametrize("algorithm", [GKD(divergence=ReverseKL()), GKD(divergence=JSD()), MiniLLM()], ids=named)
 def test_compiled_it_is_the_same(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(projection.CHUNK_POSITIONS, "cuda", 4)
-    monkeypatch.setitem(projection.CHUNK_ELEMENTS, "cuda", 1)
+    monkeypatch.setitem(SIZES, "cuda", replace(SIZES["cuda"], chunk=1, positions=4))
     case = OnGPU(dtype=torch.float32)
     expected, found = (case.chunked(algorithm, compiled=compiled)[0] for compiled in (False, True))
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)

@@ -17,7 +17,7 @@ from raykd.algorithms import AKL, GKD, KD, OPD, SFT, Algorithm, DistiLLM, MiniLL
 from raykd.algorithms.token_divergences import AnyDivergence
 from raykd.divergences import reverse_kl
 from raykd.payloads import Probe
-from raykd.projection import Head, halves, teacher_probe, weighted_loss
+from raykd.projection import SIZES, Head, halves, teacher_probe, weighted_loss
 
 N, H_STUDENT, H_TEACHER, V, PADDED = 11, 6, 8, 13, 16
 DIVERGENCES = [kind() for kind in get_args(get_args(AnyDivergence)[0])]
@@ -100,10 +100,12 @@ def gradients(loss: Tensor, case: Case) -> tuple[Tensor, ...]:
     return torch.autograd.grad(loss, case.learned)
 
 
-@pytest.fixture(params=[1, 2, 1000], ids=lambda rows: f"tiles of {rows}")
+@pytest.fixture(params=[1, 2, 1000, None], ids=lambda rows: f"tiles of {rows}" if rows else "as on a GPU")
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions that are reduced at a time."""
-    monkeypatch.setitem(projection.TILE_ELEMENTS, "cpu", request.param * V)
+    """Positions that are reduced at a time; or rows beyond the vocabulary and the slopes of several chunks, as on a GPU."""
+    here = SIZES["cpu"]
+    of_gpu = replace(here, chunk=1, positions=2, rows=10, slopes_kept=True)
+    monkeypatch.setitem(SIZES, "cpu", replace(here, tile=request.param * V) if request.param else of_gpu)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
@@ -264,8 +266,7 @@ class RowsOfTheVocabulary(TorchDispatchMode):
 
 
 def test_only_products_have_the_rows_of_a_chunk_and_nothing_has_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(projection.CHUNK_ELEMENTS, "cpu", 30 * V)
-    monkeypatch.setitem(projection.TILE_ELEMENTS, "cpu", 9 * V)
+    monkeypatch.setitem(SIZES, "cpu", replace(SIZES["cpu"], chunk=30 * V, tile=9 * V))
     case = Case(100, plain=True)
     with RowsOfTheVocabulary() as made:
         case.chunked(GKD())[0].backward()
@@ -440,7 +441,7 @@ def test_every_defect_is_refused_with_its_likely_cause(defect: str, cause: str, 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
 @pytest.mark.parametrize("algorithm", [GKD(reward_weight=0.3), MiniLLM()], ids=named)
 def test_compiled_is_the_same(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(projection.TILE_ELEMENTS, "cpu", 2 * V)
+    monkeypatch.setitem(SIZES, "cpu", replace(SIZES["cpu"], tile=2 * V))
     case = Case(dtype=torch.float32)
     (loss, sums), (expected, expected_sums) = (case.chunked(algorithm, chunk=5, compiled=compiled) for compiled in (True, False))
     torch.testing.assert_close(loss, expected)

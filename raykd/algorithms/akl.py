@@ -1,5 +1,6 @@
 """AKL: forward and reverse KL, weighted position by position by where the student is further off."""
 
+from functools import cached_property
 from typing import Literal
 
 from pydantic import Field
@@ -33,7 +34,7 @@ class AKL(NamedGKD):
     boundary: Boundary = "minimal"
     student_share: float = Field(default=0.0, ge=0, le=1)
 
-    @property
+    @cached_property
     def distillation(self) -> GKD:
         """The same objective as a token-level divergence on a share of the student's text."""
         divergence = AdaptiveKL(head_mass=self.head_mass, boundary=self.boundary)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -142,7 +143,7 @@ class DistiLLM(NamedGKD):
         """The public code's schedule and its loss on plain text."""
         return cls(schedule=AdaptiveSchedule.code(), text_coefficient=1.0)
 
-    @property
+    @cached_property
     def distillation(self) -> GKD:
         """The same objective as a token-level divergence, whoever wrote the text."""
         return GKD(divergence=self.divergence, importance_limit=self.importance_limit)

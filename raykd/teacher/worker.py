@@ -39,7 +39,7 @@ class Teacher:
         else:
             self._states = PrefillStates(model, config, self.device)
         self._head = self._states.head.cut(vocab_size).to(self.device)
-        self._ready_head = self._head.ready(vocab_size)
+        self._ready_head = self._states.head.to(self.device).ready(vocab_size)
         self.config, self.vocab_size = config, vocab_size
 
     def payload(self, top_k: int | None = None) -> str:
