@@ -18,6 +18,7 @@ from raykd.payloads import Top
 from raykd.projection import Head
 from raykd.records import Batch, Row, Scores, Source, Totals
 
+CPU = torch.device("cpu")
 Fetch = Callable[[Any], Scores]
 """A reference to a block of scores -> the block."""
 Lay = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], int], Layout]
@@ -98,8 +99,12 @@ def collate(
     vocab_size: int,
     pad_id: int,
     lay: Lay = padded,
+    device: torch.device = CPU,
 ) -> MicroBatch:
-    """Lay rows out as one micro-batch. No rows give one token and N = 0: ranks without work still join the collectives."""
+    """Lay rows out as one micro-batch. No rows give one token and N = 0: ranks without work still join the collectives.
+
+    What the teacher sent, the most by far, is put together on ``device``, all else on the CPU.
+    """
     layout = lay([row.rollout.prompt_tokens for row in rows], [row.rollout.tokens for row in rows], pad_id)
     responses = [row.rollout.tokens for row in rows] or [()]
     # A text without a prompt is predicted from its second token on: nothing predicts the first.
@@ -111,7 +116,7 @@ def collate(
     slots = [slot for slots in predicted for slot in slots]
     tokens = [responses[b][slot] for b, slot in zip(sequences, slots, strict=True)]
     positions = [layout.predictors[b][slot] for b, slot in zip(sequences, slots, strict=True)]
-    teacher = _teacher_rows(scores, firsts, teacher_head, vocab_size) if algorithm.needs.distribution else _NO_TEACHER
+    teacher = _teacher_rows(scores, firsts, teacher_head, vocab_size, device) if algorithm.needs.distribution else _NO_TEACHER
     return MicroBatch(
         layout=layout,
         sequences=torch.tensor(sequences, dtype=torch.int64),
@@ -178,11 +183,13 @@ _NO_TEACHER: dict[str, Any] = {
 }
 
 
-def _teacher_rows(scores: Sequence[Scores | None], firsts: Sequence[int], head: Head | None, vocab_size: int) -> dict[str, Any]:
+def _teacher_rows(
+    scores: Sequence[Scores | None], firsts: Sequence[int], head: Head | None, vocab_size: int, device: torch.device
+) -> dict[str, Any]:
     """The teacher's distribution of the predicted tokens as it was sent, and its probe [N]."""
     blocks = [(score, first) for score, first in zip(scores, firsts, strict=True) if score is not None]
-    hidden = [score.hidden[first:] for score, first in blocks if score.hidden is not None]
-    logits = [score.logits[first:] for score, first in blocks if score.logits is not None]
+    hidden = [score.hidden[first:].to(device) for score, first in blocks if score.hidden is not None]
+    logits = [score.logits[first:].to(device) for score, first in blocks if score.logits is not None]
     tops = [score.top.rows(slice(first, None)) for score, first in blocks if score.top is not None]
     if sum(map(bool, (hidden, logits, tops))) > 1:
         raise ValueError("the rows of a micro-batch hold different forms of the teacher's distribution; send one of them")

@@ -146,7 +146,7 @@ class _KL(torch.autograd.Function):
     """By hand, since masks of ``[..., V]`` would take most of the time: -inf is a floor instead, whose exponential is 0."""
 
     @staticmethod
-    def forward(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
         """The values, and what the gradient needs: probabilities, terms, and which values are infinite."""
         probabilities = first.exp()
         if can_look(first):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from raykd.collate import Fetch, LossTerm, MicroBatch, collate, micro_batches
 from raykd.experiment import LearnerConfig, Optimiser
+from raykd.fused import fuse
 from raykd.projection import Head
 from raykd.rank import SteadyAdamW, connect, deepspeed_config, zero_stage
 from raykd.records import Row
@@ -69,6 +70,8 @@ class Learner:
             activation_checkpointing=config.activation_checkpointing,
             lora=config.lora,
         )
+        self._student.to(self.device)
+        fuse(self._student.model)
         self._teacher_head = self._student.output.teacher_head()  # what was given may be kept in another form
         self._optimiser, self._skipped_in_a_row = Optimiser(), 0
         self._sharded_optimiser: Any = None
@@ -219,6 +222,7 @@ class Learner:
             vocab_size=self._vocab_size,
             pad_id=self._pad_id,
             lay=self._student.lay,
+            device=self.device,
         ).to(self.device)
 
     def _update(self) -> float:

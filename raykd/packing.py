@@ -11,8 +11,9 @@ Shapes: R rows, S positions, H hidden width.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,45 @@ class Segment:
     before: slice | None = None
 
 
+class Ragged(NamedTuple):
+    """The segments as flash attention wants them: one call for all."""
+
+    keys: Tensor | None
+    """Which positions are the keys of the segments, one segment after the other; None where they are the queries."""
+    query_ends: Tensor
+    """[segments + 1] int32, from 0."""
+    key_ends: Tensor
+    """[segments + 1] int32, from 0."""
+    longest: tuple[int, int]
+    """Of the queries and of the keys of a segment."""
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment], device: torch.device) -> "Ragged":
+        own = [segment.own.stop - segment.own.start for segment in segments]
+        keys = [[*_positions(segment.before), *_positions(segment.own)] for segment in segments]
+        shared = any(segment.before is not None for segment in segments)
+        ends = (torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (own, map(len, keys)))
+        return cls(
+            torch.tensor([at for positions in keys for at in positions], device=device) if shared else None,
+            *ends,
+            longest=(max(own), max(map(len, keys))),
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """``[1, heads, S, width] -> [1, S, heads, width]``."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
+        queries, keys, values = (heads[0].transpose(0, 1) for heads in (query, key, value))
+        if self.keys is not None:
+            keys, values = keys[self.keys], values[self.keys]
+        causal = (-1, 0)
+        ends = (self.query_ends, self.key_ends)
+        found = varlen_attn(queries, keys, values, *ends, *self.longest, scale=scale, window_size=causal, **grouped)
+        assert isinstance(found, Tensor)
+        return found[None]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
     """Where the tokens stand."""
@@ -49,16 +89,23 @@ class Layout:
     """[1, S] where packed."""
     segments: tuple[Segment, ...] | None = None
     """Where packed: each position is in one of them, in order."""
+    ragged: Ragged | None = None
+    """Where packed on a GPU: the same."""
 
     def to(self, device: torch.device) -> "Layout":
         """The same on another device."""
-        positions = None if self.position_ids is None else self.position_ids.to(device)
-        ids = self.input_ids.to(device)
-        return Layout(input_ids=ids, predictors=self.predictors, position_ids=positions, segments=self.segments)
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            position_ids=None if self.position_ids is None else self.position_ids.to(device),
+            ragged=None if self.segments is None or device.type != "cuda" else Ragged.of(self.segments, device),
+        )
 
     def states(self, body: Callable[..., Any]) -> Tensor:
         """The last hidden states ``[R * S, H]``."""
-        packed = {} if self.segments is None else {"position_ids": self.position_ids, "segments": self.segments}
+        packed: dict[str, Any] = {}
+        if self.segments is not None:
+            packed = {"position_ids": self.position_ids, "segments": self.segments, "ragged": self.ragged}
         return body(input_ids=self.input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
 
 
@@ -140,6 +187,7 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     segments: Sequence[Segment] | None = None,
+    ragged: Ragged | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each segment alone; ``[1, heads, S, width] -> [1, S, heads, width]``. Without segments, of whole rows."""
@@ -148,6 +196,8 @@ def packed_attention(
     asked = [name for name in ("sliding_window", "softcap", "position_bias", "s_aux") if others.get(name) is not None]
     if asked or attention_mask is not None or dropout:
         raise ValueError(f"packed attention knows no {', '.join(asked) or 'mask and no dropout'}")
+    if ragged is not None and _flash_takes(query):
+        return ragged.attend(query, key, value, scaling), None
 
     # Split, not sliced: the gradient of each slice would be as large as the whole.
     lengths = [segment.own.stop - segment.own.start for segment in segments]
@@ -166,6 +216,16 @@ def packed_attention(
 
     attended = torch.cat([attend(place, segment.before) for place, segment in enumerate(segments)], 2)
     return attended.transpose(1, 2).contiguous(), None
+
+
+def _flash_takes(query: Tensor) -> bool:
+    """Whether flash attention has kernels for these heads."""
+    is_half, width = query.dtype in (torch.float16, torch.bfloat16), query.shape[-1]
+    return is_half and width % 8 == 0 and width <= 256 and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+def _positions(at: slice | None) -> range:
+    return range(0) if at is None else range(at.start, at.stop)
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from test_packing import PACKABLE, PROMPTS, RESPONSES, make_model
 from test_projection import ALGORITHMS, Case, gradients, named
 from torch import Tensor
 
 from raykd.algorithms import GKD, Algorithm, MiniLLM
 from raykd.algorithms.token_divergences import JSD, ReverseKL
 from raykd.divergences import reverse_kl
+from raykd.fused import fuse
+from raykd.packing import Ragged, packed, packed_attention
 from raykd.projection import SIZES, Head, teacher_probe, weighted_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -32,6 +35,12 @@ def moved(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: moved(item) for name, item in value.items()}
     return value if value is None else value.detach().cuda().requires_grad_(value.requires_grad)
+
+
+def gpu_model(dtype: torch.dtype) -> Any:
+    """The same in every call."""
+    model: Any = make_model("llama", PACKABLE["llama"])
+    return model.to("cuda", dtype).train()
 
 
 @pytest.fixture(params=[1, 2, 1000], ids=lambda positions: f"chunks of {positions}")
@@ -99,3 +108,37 @@ def test_in_bfloat16_only_the_slope_is_rounded(vocab_size: int, compiled: bool) 
         assert gradient.dtype == torch.bfloat16
         assert float((gradient.double() - wanted).norm() / wanted.norm()) < 5e-3
     assert not got[1][vocab_size:].any()
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("texts", [(PROMPTS, RESPONSES), (PROMPTS[1:3], RESPONSES[1:3])], ids=["shared prompts", "none shared"])
+def test_texts_are_attended_in_one_call(texts: Any, key_heads: int) -> None:
+    """In bfloat16, with its gradients, as text by text in float32."""
+    segments = packed(texts[0], texts[1], 0).segments
+    assert segments is not None
+    size = segments[-1].own.stop
+    heads = [torch.randn(1, count, size, 64, device="cuda").bfloat16() for count in (4, key_heads, key_heads)]
+    ragged = Ragged.of(segments, torch.device("cuda"))
+    results = []
+    for dtype, given in ((torch.bfloat16, ragged), (torch.float32, None)):
+        inputs = query, key, value = [values.to(dtype).requires_grad_() for values in heads]
+        found, _ = packed_attention(torch.nn.Module(), query, key, value, None, scaling=0.2, segments=segments, ragged=given)
+        results.append([found, *torch.autograd.grad((found * torch.linspace(-1, 1, 64, device="cuda")).sum(), inputs)])
+    for one, other in zip(*results, strict=True):
+        assert float((one.float() - other).norm() / other.norm()) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_kernels_give_the_same_states_and_gradients_and_leave_other_models_alone(dtype: torch.dtype) -> None:
+    plain, fused = (gpu_model(dtype) for _ in range(2))
+    assert fuse(fused)
+    ids = torch.randint(61, (2, 17), device="cuda")
+    results = []
+    for model in (plain, fused):
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        weights = torch.linspace(-1, 1, states.shape[-1], device="cuda", dtype=dtype)
+        results.append([states, *torch.autograd.grad((states * weights).sum(), list(model.base_model.parameters()))])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, other in zip(*results, strict=True):
+        assert float((one.float() - other.float()).norm() / other.float().norm()) < tolerance
+    make_model("llama", PACKABLE["llama"])(input_ids=ids.cpu())

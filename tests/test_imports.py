@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "raykd"
 # Lowest first. A module (or folder) imports from rows below its own, and from its own row without going in circles.
 ROWS = (
     ("payloads", "records", "logprobs", "value"),
-    ("divergences", "surrogates", "projection", "packing", "compiled"),
+    ("divergences", "surrogates", "projection", "packing", "fused", "compiled"),
     ("algorithms", "prompts", "replay", "sharing", "weights", "tracking", "usage", "experiment"),
     ("collate", "rank", "lora", "student", "engine"),
     ("rollout", "teacher", "reward", "learner"),
@@ -29,6 +29,7 @@ HOMES = {
     "vllm": {"engine", "rollout", "teacher"},
     "deepspeed": {"learner"},
     "wandb": {"tracking"},
+    "liger_kernel": {"fused"},
     "numba": {"compiled"},
     "llvmlite": {"compiled"},
 }

@@ -1,14 +1,16 @@
 """Packed texts beside each text alone: states, gradients, and what is computed."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from test_student import ARCHITECTURES, LLAMA_LIKE
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from raykd.packing import can_pack, packed, padded
+from raykd.packing import Ragged, can_pack, packed, packed_attention, padded
 from raykd.student import dropout_rates
 
 PROMPTS = [(1, 2, 3), (4, 5), (1, 2, 3), (), (6,), (1, 2, 3), ()]
@@ -79,6 +81,32 @@ def test_nothing_is_computed_twice_and_padding_not_at_all() -> None:
     layout = packed(PROMPTS, RESPONSES, 0)
     prompts = sum(len(prompt) for prompt in set(PROMPTS))
     assert layout.input_ids.shape == (1, prompts + sum(max(0, len(response) - 1) for response in RESPONSES))
+
+
+def varlen_reference(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, *longest: int, **settings: Any) -> Tensor:
+    """What torch.nn.attention.varlen computes on a GPU, text by text: ``[S, heads, width]``, the last query sees every key."""
+    assert settings.pop("window_size") == (-1, 0)
+    outputs = []
+    for (q0, q1), (k0, k1) in zip(pairwise(q_ends), pairwise(k_ends), strict=True):
+        assert (q1 - q0 <= longest[0]) and (k1 - k0 <= longest[1])
+        texts = [heads.transpose(0, 1) for heads in (q[q0:q1], k[k0:k1], v[k0:k1])]
+        seen = torch.ones(int(q1 - q0), int(k1 - k0), dtype=torch.bool).tril(int(k1 - k0 - (q1 - q0)))
+        outputs.append(scaled_dot_product_attention(texts[0], texts[1], texts[2], seen, **settings).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("texts", [(PROMPTS, RESPONSES), (PROMPTS[1:3], RESPONSES[1:3])], ids=["shared prompts", "none shared"])
+def test_one_call_for_all_segments_is_the_same(texts: Any, key_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_reference)
+    segments = packed(texts[0], texts[1], 0).segments
+    assert segments is not None
+    size = segments[-1].own.stop
+    query, key, value = [torch.randn(1, count, size, 8, dtype=torch.float64) for count in (4, key_heads, key_heads)]
+    expected, _ = packed_attention(torch.nn.Module(), query, key, value, None, scaling=0.3, segments=segments)
+    ragged = Ragged.of(segments, torch.device("cpu"))
+    assert (ragged.keys is None) == (len(set(texts[0])) == len(texts[0]))
+    torch.testing.assert_close(ragged.attend(query, key, value, 0.3), expected)
 
 
 def test_nothing_to_read_is_one_token() -> None:

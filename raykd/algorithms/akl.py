@@ -35,7 +35,7 @@ class AKL(NamedGKD):
     student_share: float = Field(default=0.0, ge=0, le=1)
 
     @cached_property
-    def distillation(self) -> GKD:
+    def distillation(self) -> GKD:  # pyright: ignore[reportIncompatibleMethodOverride]  compiled programs read a property anew
         """The same objective as a token-level divergence on a share of the student's text."""
         divergence = AdaptiveKL(head_mass=self.head_mass, boundary=self.boundary)
         return GKD(divergence=divergence, student_share=self.student_share, importance_limit=self.importance_limit)

@@ -144,7 +144,7 @@ class DistiLLM(NamedGKD):
         return cls(schedule=AdaptiveSchedule.code(), text_coefficient=1.0)
 
     @cached_property
-    def distillation(self) -> GKD:
+    def distillation(self) -> GKD:  # pyright: ignore[reportIncompatibleMethodOverride]  compiled programs read a property anew
         """The same objective as a token-level divergence, whoever wrote the text."""
         return GKD(divergence=self.divergence, importance_limit=self.importance_limit)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from raykd.experiment import TeacherConfig
+from raykd.fused import fuse
 from raykd.packing import can_pack, packed, padded
 from raykd.projection import Head
 from raykd.records import Rollout
@@ -41,6 +42,7 @@ class PrefillStates:
         causal = model if loaded else AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
         causal.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it without its signature
         causal = causal.eval().requires_grad_(False)
+        fuse(causal)
         self._causal: Any = causal  # its ``generate`` has no usable annotations
         self._lay = packed if can_pack(causal) else padded
         self._batch_tokens, self._device = config.batch_tokens, device

@@ -62,7 +62,7 @@ class Teacher:
         sent: dict[str, Any] = {}
         if needs.distribution:
             payload = self.payload()
-            sent[payload] = (states if payload == "hidden" else self._ready_head(states)).cpu()
+            sent[payload] = fetched(states if payload == "hidden" else self._ready_head(states))
         return Scores(offsets=offsets, log_normaliser=probe.log_normaliser, logprobs=probe.logprobs, **sent)
 
     def _top(self, states: Tensor, rollouts: Sequence[Rollout], offsets: tuple[int, ...], top_k: int) -> Scores:
@@ -96,3 +96,11 @@ class Teacher:
     def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Sequence[int]) -> list[tuple[int, ...]]:
         """The teacher's own answers to some prompts, sampled at temperature 1: a few, to be looked at."""
         return self._states.answer(prompts, max_tokens, eos_ids, self.vocab_size)
+
+
+def fetched(values: Tensor) -> Tensor:
+    """On the CPU; from a GPU by page-locked memory, several times as fast as to any other."""
+    found = values.to("cpu", non_blocking=True)
+    if values.is_cuda:
+        torch.cuda.current_stream(values.device).synchronize()
+    return found
