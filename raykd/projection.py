@@ -259,29 +259,29 @@ def _sums(
 
 def _differentiate(product: Tensor, slope: Tensor | None, wanted: bool, compiled: bool, *tile: Any) -> Found:
     """What a tile gives; d loss / d (W h) is written to ``slope``, or over W h, where it is wanted."""
-    if compiled:
-        return _compiled()(product, slope, wanted, *tile)
-    with torch.set_grad_enabled(wanted):
-        loss, found = _sums(product.requires_grad_(wanted), *tile)
-    if wanted:
-        (product if slope is None else slope).copy_(torch.autograd.grad(loss, product)[0])
-    return found
-
-
-def _at_once(product: Tensor, slope: Tensor | None, wanted: bool, *tile: Any) -> Found:
-    """The same as a function of tensors alone, which becomes one program."""
     if not wanted:
-        return _sums(product, *tile)[1]
-    gradient, found = torch.func.grad(_sums, has_aux=True)(product, *tile)
+        return (_compiled(_sums) if compiled else _sums)(product, *tile)[1]
+    if compiled:
+        gradient, found = _compiled(_gradient_and_sums)(product, (product if slope is None else slope).dtype, *tile)
+    else:
+        with torch.enable_grad():
+            loss, found = _sums(product.requires_grad_(), *tile)
+        (gradient,) = torch.autograd.grad(loss, product)
     (product if slope is None else slope).copy_(gradient)
     return found
 
 
+def _gradient_and_sums(product: Tensor, dtype: torch.dtype, *tile: Any) -> tuple[Tensor, Found]:
+    """The same as a function of tensors alone, which becomes one program."""
+    gradient, found = torch.func.grad(_sums, has_aux=True)(product, *tile)
+    return gradient.to(dtype), found
+
+
 @cache
-def _compiled() -> Callable[..., Found]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A program for each algorithm, for tiles of any height; few, so that all are kept."""
     torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
-    return torch.compile(_at_once, dynamic=True)
+    return torch.compile(function, dynamic=True)
 
 
 class _Gradients(NamedTuple):
