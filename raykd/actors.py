@@ -70,6 +70,10 @@ class RolloutActor(_Replica):
         writer = RemoteWriter(teachers) if teacher_share > 0 else None
         return await self._worker.generate(requests, teacher_share=teacher_share, max_tokens=max_tokens, teacher=writer)
 
+    async def gpus(self) -> list[str | None]:
+        """UUIDs of the engine's devices, None on CPU."""
+        return self._worker.engine.gpus
+
     async def load(self, update: WeightUpdate) -> int:
         buckets = [await bucket if isinstance(bucket, ray.ObjectRef) else bucket for bucket in update.buckets]
         return await self._worker.load(replace(update, buckets=tuple(buckets)))
@@ -213,6 +217,12 @@ class LearnerActor:
             teacher_head=ray.get(heads[0]) if heads else None,
             fetch=ray.get,
         )
+
+    def gpu(self) -> str | None:
+        return self._learner.gpu
+
+    def publish_on_gpu(self) -> None:
+        self._learner.publish_on_gpu()
 
     def begin(self, optimiser: Optimiser) -> None:
         self._learner.begin(optimiser)

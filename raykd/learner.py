@@ -25,6 +25,7 @@ from torch import Tensor
 from raykd.collate import Fetch, LossTerm, MicroBatch, collate, micro_batches
 from raykd.experiment import LearnerConfig, Optimiser
 from raykd.fused import fuse
+from raykd.gpu_sharing import gpu_uuid
 from raykd.projection import Head
 from raykd.rank import SteadyAdamW, connect, deepspeed_config, zero_stage
 from raykd.records import Row
@@ -133,6 +134,16 @@ class Learner:
             loss, term_metrics = self._engine(micro=self._collate(rows, term), algorithm=term.algorithm)
             metrics.add(_prefix(terms, term), term_metrics, loss * term.weight)
         return metrics.values()
+
+    @property
+    def gpu(self) -> str | None:
+        """UUID of this rank's GPU, None on CPU."""
+        return gpu_uuid(self.device)
+
+    def publish_on_gpu(self) -> None:
+        """From now on ``publish`` leaves the weights in this rank's GPU memory, two versions mostly: for readers that are all on
+        this GPU."""
+        self._shelves = Shelves(self.device)
 
     def publish(self, version: int, held: Collection[int] = ()) -> WeightUpdate | None:
         """Copy the weights to memory that this node shares, under their Hugging Face names, tied ones once; all ranks gather,

@@ -1,6 +1,6 @@
 """Learner -> rollout weights as buckets of tensors: written by the learner, read in place by each replica, checked on arrival.
 
-    learner:  update = shelves.publish(version, groups, sizes, held)        a copy in memory that the node shares
+    learner:  update = shelves.publish(version, groups, sizes, held)        a copy in memory that the node or the GPU shares
     rollout:  for bucket in update.buckets: verify(bucket), then for name, tensor in unpack(bucket): load
 
 The driver passes the ``WeightUpdate`` on; it holds places and numbers, never a weight.
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raykd.gpu_sharing import GpuRegion, GpuSegment
 from raykd.sharing import Region, Segment, checksum, edition, offsets
 
 BUCKET_BYTES = 256 << 20
@@ -41,15 +42,17 @@ class Bucket:
     """Some named tensors that travel together."""
 
     tensors: tuple[Packed, ...]
-    place: Region | np.ndarray
-    """Where its bytes lie on the learner's node, or they themselves, ``[bytes]`` uint8."""
+    place: Region | GpuRegion | np.ndarray
+    """Where its bytes lie on the learner's node or GPU, or they themselves, ``[bytes]`` uint8."""
     edition: int
     """Of the learner's publishes; the bytes begin with it, so that those of another are never taken for these."""
     checksum: int
 
     @property
     def data(self) -> np.ndarray:
-        """[bytes] uint8, read-only."""
+        """[bytes] uint8, read-only; copied where they lie on a GPU."""
+        if isinstance(self.place, GpuRegion):
+            return self.place.open().cpu().numpy()
         return self.place.open() if isinstance(self.place, Region) else self.place
 
 
@@ -79,13 +82,14 @@ def grouped(sizes: Mapping[str, int]) -> list[list[str]]:
 
 
 class Shelves:
-    """Holds published versions in memory that the learner's node shares.
+    """Holds published versions in memory that the learner's node shares, or the processes on its GPU ``device``.
 
     A version is written over one that nobody needs any more, where there is such; otherwise to new memory.
     """
 
-    def __init__(self) -> None:
-        self._versions: dict[Segment, int] = {}
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
+        self._versions: dict[Segment | GpuSegment, int] = {}
         self._editions = count(1)
 
     def publish(
@@ -97,7 +101,8 @@ class Shelves:
     ) -> WeightUpdate:
         """Copy the named tensors, a bucket a group. ``sizes``: of all, in bytes; ``held``: versions that are to be left alone."""
         room = sum(offsets([size])[-1] for size in sizes)
-        segment = next((s for s, old in self._versions.items() if old not in held and s.size >= room), None) or Segment(room)
+        unneeded = (s for s, old in self._versions.items() if old not in held and s.size >= room)
+        segment = next(unneeded, None) or (GpuSegment(room, self._device) if self._device else Segment(room))
         self._versions[segment] = version
         segment.begin()
         number = next(self._editions)
@@ -109,13 +114,15 @@ class Shelves:
 def verify(bucket: Bucket) -> None:
     """Raise ValueError when the bytes are not those published."""
     refuse_overwritten(bucket)
-    if checksum(bucket.data) != bucket.checksum:
+    found = bucket.place.checksum() if isinstance(bucket.place, GpuRegion) else checksum(bucket.data)
+    if found != bucket.checksum:
         raise ValueError(f"weights arrived damaged: checksum of {_names(bucket)} differs from the learner's; publish again")
 
 
 def refuse_overwritten(bucket: Bucket) -> None:
     """Raise ValueError once a later version is being written over this one."""
-    if (found := edition(bucket.data)) != bucket.edition:
+    found = bucket.place.edition() if isinstance(bucket.place, GpuRegion) else edition(bucket.data)
+    if found != bucket.edition:
         raise ValueError(
             f"weights were overwritten before they were read: {_names(bucket)} of publish {bucket.edition} gave way to publish "
             f"{found}; hold an update until every replica has loaded it"
@@ -123,7 +130,10 @@ def refuse_overwritten(bucket: Bucket) -> None:
 
 
 def unpack(bucket: Bucket) -> list[tuple[str, Tensor]]:
-    """The tensors of a bucket as read-only views into it."""
+    """The tensors of a bucket as views into it, on the device where it lies; they are not to be written to."""
+    if isinstance(bucket.place, GpuRegion):
+        whole = bucket.place.open()
+        return [(packed.name, _view(whole, packed)) for packed in bucket.tensors]
     data = bucket.data
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes: the views are read-only
@@ -131,14 +141,25 @@ def unpack(bucket: Bucket) -> list[tuple[str, Tensor]]:
     return [(packed.name, _view(whole, packed)) for packed in bucket.tensors]
 
 
-def _pack(named_tensors: Sequence[tuple[str, Tensor]], segment: Segment, edition: int, pool: ThreadPoolExecutor) -> Bucket:
-    parts = [tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy() for _, tensor in named_tensors]
-    place, total = segment.write(edition, parts, pool)
+def _pack(
+    named_tensors: Sequence[tuple[str, Tensor]], segment: Segment | GpuSegment, edition: int, pool: ThreadPoolExecutor
+) -> Bucket:
+    if isinstance(segment, GpuSegment):
+        parts = [_bytes(tensor.detach()) for _, tensor in named_tensors]
+        place, total = segment.write(edition, parts)
+    else:
+        parts = [_bytes(tensor.detach().cpu()).numpy() for _, tensor in named_tensors]
+        place, total = segment.write(edition, parts, pool)
     tensors = tuple(
         Packed(name=name, dtype=str(tensor.dtype).removeprefix("torch."), shape=tuple(tensor.shape), start=start)
-        for (name, tensor), start in zip(named_tensors, offsets(part.size for part in parts), strict=False)
+        for (name, tensor), start in zip(named_tensors, offsets(tensor.nbytes for _, tensor in named_tensors), strict=False)
     )
     return Bucket(tensors=tensors, place=place, edition=edition, checksum=total)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """[bytes] uint8, a copy only where they do not lie one after the other."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def _view(whole: Tensor, packed: Packed) -> Tensor:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -197,6 +198,14 @@ class Workers:
         get([*(actor.ping.remote() for actor in replicas), *ranks], START_DEADLINE_S, "starting the workers")
         if self.rollouts:
             self.rollouts.on_restart = self._reload
+            self._choose_memory(self.rollouts)
+
+    def _choose_memory(self, rollouts: Fleet) -> None:
+        """Published weights stay on the learner's GPU where every replica is on that of rank 0."""
+        rank = self.learner.ranks[0]
+        gpus = {get(rank.gpu.remote(), START_DEADLINE_S, "learner rank 0"), *chain(*rollouts.broadcast("gpus", {}))}
+        if len(gpus) == 1 and None not in gpus:
+            get(rank.publish_on_gpu.remote(), START_DEADLINE_S, "learner rank 0")
 
     def _load(self, update: WeightUpdate | None) -> None:
         """Bring every rollout replica to ``update``."""

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "raykd"
 ROWS = (
     ("payloads", "records", "logprobs", "value"),
     ("divergences", "surrogates", "projection", "packing", "fused", "compiled"),
-    ("algorithms", "prompts", "replay", "sharing", "weights", "tracking", "usage", "experiment"),
+    ("algorithms", "prompts", "replay", "sharing", "gpu_sharing", "weights", "tracking", "usage", "experiment"),
     ("collate", "rank", "lora", "student", "engine"),
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "planning", "report"),

@@ -31,6 +31,8 @@ class VllmEngine:
         self._eos_token_ids = list(eos_token_ids)
         self._thread = EngineThread(lambda: start_engine(model, config))
         rows: int = self._thread.exclusive(lambda engine: engine.model_config.get_vocab_size()).result()
+        self.gpus: list[str | None] = self._thread.exclusive(lambda engine: engine.collective_rpc("own_gpu")).result()
+        """UUIDs, None on CPU: one of each device."""
         self._vocab_size = config.vocab_size or rows
         if not eos_token_ids or not 0 <= min(eos_token_ids) <= max(eos_token_ids) < self._vocab_size:
             self.close()

@@ -14,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
@@ -23,6 +24,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.platforms import current_platform
 
+from raykd.gpu_sharing import gpu_uuid
 from raykd.rollout.cpu_head import WideHead, widen_head
 from raykd.rollout.load_plan import LoadPlan, Recorder
 from raykd.weights import Bucket, unpack
@@ -103,6 +105,8 @@ class BucketReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
             head = self.model.get_submodule(name)
             if isinstance(head, ParallelLMHead):
                 head.quant_method.process_weights_after_loading(head)
+        if not current_platform.is_cpu():
+            torch.accelerator.synchronize(self.device)  # after this, the buckets may be written over
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             with suppress(NotImplementedError):  # this model is always reloaded
@@ -116,6 +120,11 @@ class WorkerExtension:
     """Named in the engine's arguments so that every worker process imports this module."""
 
     model_runner: Any
+    device: torch.device
+
+    def own_gpu(self) -> str | None:
+        """UUID of this worker's GPU, None on CPU."""
+        return gpu_uuid(self.device)
 
     def sample_by_seed(self) -> None:
         """Put our sampler in the place of vLLM's."""

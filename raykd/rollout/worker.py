@@ -49,21 +49,28 @@ class RolloutWorker:
     async def load(self, update: WeightUpdate) -> int:
         """Replace the student's weights; returns the version. Checking overlaps with generation, replacing does not."""
         await check(update)
-        async with self._turn:
-            await self._turn.wait_for(lambda: not self._loading)
-            self._loading = True
-            await self._turn.wait_for(lambda: self._num_generating == 0)
-        try:
+        async with self._alone():
             self.version = await self.engine.install(update)
             return self.version
-        finally:
-            async with self._turn:
-                self._loading = False
-                self._turn.notify_all()
 
     def close(self) -> None:
         """Stop the engine."""
         self.engine.close()
+
+    @asynccontextmanager
+    async def _alone(self) -> AsyncIterator[None]:
+        """No response is in progress."""
+        async with self._turn:
+            await self._turn.wait_for(lambda: not self._loading)
+            self._loading = True
+        try:
+            async with self._turn:
+                await self._turn.wait_for(lambda: self._num_generating == 0)
+            yield
+        finally:
+            async with self._turn:
+                self._loading = False
+                self._turn.notify_all()
 
     @asynccontextmanager
     async def _generating(self) -> AsyncIterator[None]:
