@@ -31,7 +31,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from raykd.actors import ModelFacts, RolloutActor, TeacherActor
-from raykd.experiment import EngineConfig, TeacherConfig
+from raykd.experiment import EngineConfig, RolloutConfig, TeacherConfig
 from raykd.fleet import environment
 from raykd.rollout.requests import GenerationRequest
 
@@ -138,7 +138,7 @@ def start(folder: Path, dtype: str) -> tuple[Any, Any, Any]:
         env = {"env_vars": environment(threads, on_cpu=True)}
         return ray.remote(actor_class).options(num_cpus=0, runtime_env=env).remote(*arguments)
 
-    student = create(Student, engine, facts)
+    student = create(Student, RolloutConfig(engine=engine), facts)
     teacher = create(Teacher, TeacherConfig(dtype=dtype, engine=engine), facts, True)
     lockstep = create(Lockstep, facts.student, facts.teacher, dtype, threads=2)
     ray.get([student.ping.remote(), teacher.ping.remote()])

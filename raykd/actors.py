@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 from ray.actor import ActorHandle
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raykd.algorithms.base import Needs
-from raykd.experiment import EngineConfig, LearnerConfig, Optimiser, RewardConfig, TeacherConfig
+from raykd.experiment import LearnerConfig, Optimiser, RewardConfig, RolloutConfig, TeacherConfig
 from raykd.records import Rollout
 from raykd.rollout.config import EngineSettings
 from raykd.weights import Bucket, WeightUpdate
@@ -39,9 +40,10 @@ class ModelFacts:
     """Longest prompt and response together."""
     seed: int
 
-    def engine(self, config: EngineConfig) -> EngineSettings:
-        """A vLLM engine's settings for these models."""
-        return EngineSettings(max_length=self.max_length, vocab_size=self.vocab_size, seed=self.seed, **config.model_dump())
+    def engine(self, replicas: RolloutConfig | TeacherConfig) -> EngineSettings:
+        """Settings of the vLLM engine that writes, for these models."""
+        engine, sleep = replicas.engine.model_dump(), replicas.sleep
+        return EngineSettings(max_length=self.max_length, vocab_size=self.vocab_size, seed=self.seed, sleep=sleep, **engine)
 
 
 class _Replica:
@@ -59,7 +61,7 @@ class _Replica:
 class RolloutActor(_Replica):
     """One student engine."""
 
-    def __init__(self, config: EngineConfig, facts: ModelFacts) -> None:
+    def __init__(self, config: RolloutConfig, facts: ModelFacts) -> None:
         from raykd.rollout.worker import RolloutWorker
 
         self._worker = RolloutWorker(facts.student, facts.engine(config), facts.eos_ids)
@@ -77,6 +79,9 @@ class RolloutActor(_Replica):
     async def load(self, update: WeightUpdate) -> int:
         buckets = [await bucket if isinstance(bucket, ray.ObjectRef) else bucket for bucket in update.buckets]
         return await self._worker.load(replace(update, buckets=tuple(buckets)))
+
+    async def sleep(self) -> None:
+        await self._worker.sleep()
 
 
 def within_reach(update: WeightUpdate, nodes: Collection[str]) -> WeightUpdate:
@@ -107,7 +112,7 @@ class TeacherActor(_Replica):
         if writes:
             from raykd.rollout.vllm_engine import VllmEngine
 
-            self._engine = VllmEngine(facts.teacher, facts.engine(config.engine), facts.eos_ids)
+            self._engine = VllmEngine(facts.teacher, facts.engine(config), facts.eos_ids)
 
     async def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None) -> tuple[ray.ObjectRef | None, list[Any]]:
         """A reference to the block of scores, which stays in this node's object store, and log p of every token where needed."""
@@ -127,6 +132,15 @@ class TeacherActor(_Replica):
     async def forget(self, session: str) -> None:
         if self._engine is not None:
             await self._engine.forget(session)
+
+    async def sleep(self) -> None:
+        """Of the engine that writes."""
+        if self._engine is not None:
+            await self._engine.sleep()
+
+    async def free_cache(self) -> None:
+        """Give the GPU memory back that is kept for the next scores."""
+        torch.cuda.empty_cache()
 
     async def head(self) -> list[ray.ObjectRef]:
         """One reference: to the frozen copy of the head that every learner rank holds."""
@@ -223,6 +237,10 @@ class LearnerActor:
 
     def publish_on_gpu(self) -> None:
         self._learner.publish_on_gpu()
+
+    def free_cache(self) -> None:
+        """Give the GPU memory back that is kept for the next step."""
+        torch.cuda.empty_cache()
 
     def begin(self, optimiser: Optimiser) -> None:
         self._learner.begin(optimiser)

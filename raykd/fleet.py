@@ -1,6 +1,6 @@
 """Where actors are placed, how work reaches them, what happens when one dies.
 
-rollouts   N replicas   generate, load        (RLlib's actor manager: health, restarts, deadlines)
+rollouts   N replicas   generate, load, sleep (RLlib's actor manager: health, restarts, deadlines)
 teachers   N replicas   score, complete       (likewise)
 learner    N ranks      step, evaluate, publish, save, restore     (one gang: a dead rank ends the run)
 replay     1 actor      add, sample, state, restore

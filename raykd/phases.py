@@ -148,6 +148,7 @@ class Phases:
                     salt=salt,
                     temperature=asked.mixture.temperature,
                 )
+        self._workers.sleep()
         return rollouts
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from raykd.tracking import read_lines
 
-LANES = {"rollout": ("generate", "load"), "teacher": ("score",), "learner": ("learn", "publish")}
+LANES = {"rollout": ("generate", "load", "sleep"), "teacher": ("score",), "learner": ("learn", "publish")}
 """Who is busy with which verbs."""
 WAITED_LITTLE = 0.1
 """Share of the learner's time below which waiting is not what holds a run up."""

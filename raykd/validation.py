@@ -37,6 +37,7 @@ def measure(experiment: Experiment, workers: Workers, data: Data, tracker: Track
         written = workers.generate(
             data.held_out, workers.publish(), samples=1, teacher_share=0.0, max_tokens=experiment.max_response, salt=-1
         )
+        workers.sleep()
         if workers.teachers is not None:
             rows = workers.score(written, Needs.DISTRIBUTION)
             metrics["reverse_kl"] = workers.evaluate([Term(algorithm=GKD(divergence=ReverseKL()), rows=rows)])["loss"]

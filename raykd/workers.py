@@ -53,12 +53,17 @@ class Workers:
             for _ in range(experiment.num_teachers)
         ]
         writers = [
-            create(RolloutActor, rollout.engine, facts, gpus=rollout.gpus, threads=rollout.engine.threads, restarts=RESTARTS)
+            create(RolloutActor, rollout, facts, gpus=rollout.gpus, threads=rollout.engine.threads, restarts=RESTARTS)
             for _ in range(experiment.num_rollouts)
         ]
         self.learner = LearnerGang(ranks, learner.deadline_s)
         self.teachers = Fleet("teacher", scorers, teachers.engine.deadline_s) if scorers else None
         self.rollouts = Fleet("rollout", writers, rollout.engine.deadline_s) if writers else None
+        self._sleepers = [
+            fleet
+            for fleet, sleeps in ((self.rollouts, rollout.sleep), (self.teachers, teachers.sleep and experiment.mixes()))
+            if fleet and sleeps
+        ]
         self._update: WeightUpdate | None = None
         self._loaded: WeightUpdate | None = None
         self._published: WeakSet[WeightUpdate] = WeakSet()
@@ -91,6 +96,7 @@ class Workers:
         """``samples`` responses to each prompt by the student of ``update``, which ``publish`` gave; ``salt`` tells the draws of
         one phase from another's."""
         assert self.rollouts is not None, "nothing samples from the student"
+        self._make_room()
         self._load(update)
         requests = _requests(prompts, samples, salt, temperature)
         with self.usage.measured("generate") as measured:
@@ -111,6 +117,20 @@ class Workers:
                 rollouts[i::num_shares] = answer
             measured.tokens = sum(len(rollout.tokens) for rollout in rollouts)
         return rollouts
+
+    def sleep(self) -> None:
+        """The responses of a phase are written: engines that are to sleep give their GPU memory back until the next are asked."""
+        if self._sleepers:
+            with self.usage.measured("sleep"):
+                for fleet in self._sleepers:
+                    fleet.broadcast("sleep", {})
+
+    def _make_room(self) -> None:
+        """Engines that slept need the GPU memory that learner and teachers keep for later."""
+        if self._sleepers:
+            self.learner.all("free_cache")
+            if self.teachers:
+                self.teachers.broadcast("free_cache", {})
 
     def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None = None) -> list[Row]:
         """Rows with references to what the algorithm needs of the teacher; the order is kept. ``top_k``: the algorithm's."""
@@ -193,6 +213,9 @@ class Workers:
     def _start(self, replicas: list[Any]) -> None:
         """Wait for the engines while the ranks load: every start-up error surfaces here, with its reason."""
         address = get(self.learner.ranks[0].address.remote(), START_DEADLINE_S, "learner rank 0")
+        if self._sleepers:  # vLLM measures what is free when it starts, and the ranks load in what it gives back
+            get([actor.ping.remote() for actor in replicas], START_DEADLINE_S, "starting the engines")
+            self.sleep()
         heads = get(self.teachers.actors[0].head.remote(), START_DEADLINE_S, "the teacher's head") if self.teachers else []
         ranks = [rank.start.remote(address, heads) for rank in self.learner.ranks]
         get([*(actor.ping.remote() for actor in replicas), *ranks], START_DEADLINE_S, "starting the workers")

@@ -100,6 +100,13 @@ class Experiment(Value):
                 self._measures("loss", f"{where} raises its share of student text by", "set schedule.step to 0")
             if stage.keep != "last":
                 self._measures(stage.keep, f"stages.{index} keeps the best weights by", "set keep to last")
+        for name, replicas in (("rollout", self.rollout), ("teachers", self.teachers)):
+            for index, stage in enumerate(self.stages):
+                if replicas.sleep and stage.max_staleness:
+                    raise ValueError(
+                        f"{name}.sleep rests between the phases, but with stages.{index}.max_staleness {stage.max_staleness} the "
+                        f"next phase is written meanwhile; set max_staleness to 0, or {name}.sleep to False"
+                    )
         teachers = self.teachers
         if teachers.backend == "vllm" and teachers.gpus and self.mixes() and teachers.engine.memory > MEMORY_OF_TWO:
             raise ValueError(

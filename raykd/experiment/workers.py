@@ -31,12 +31,21 @@ class _Replicas(Value):
 
     replicas: Positive = 1
     gpus: float = Field(default=0.0, ge=0)
-    """GPUs of each replica; 0 runs on CPU."""
+    """GPUs of each replica; 0 runs on CPU. Less than 1 shares a GPU, e.g. with a learner rank that asks for the rest of it."""
     engine: EngineConfig = EngineConfig()
+    sleep: bool = False
+    """The engine that writes gives its GPU memory back from the last response of a phase to the first of the next, so that others
+    on its GPU can use it meanwhile: the weights wait in the machine's memory, the KV cache is forgotten."""
+
+    @model_validator(mode="after")
+    def _gives_gpu_memory(self) -> Self:
+        if self.sleep and not self.gpus:
+            raise ValueError("sleep gives GPU memory back, but gpus is 0; set sleep to False, or gpus to a share of a GPU")
+        return self
 
     @model_validator(mode="after")
     def _a_gpu_each(self) -> Self:
-        if 0 < self.gpus < self.engine.tensor_parallel:
+        if self.gpus and max(self.gpus, 1) < self.engine.tensor_parallel:
             raise ValueError(
                 f"engine.tensor_parallel {self.engine.tensor_parallel} takes as many GPUs, gpus gives a replica {self.gpus:g}; "
                 "change one of them"

@@ -175,6 +175,7 @@ VERBS = {
     "learn": "optimiser steps",
     "publish": "giving out the new weights",
     "load": "taking in the new weights",
+    "sleep": "giving GPU memory back",
     "wait": "the learner waits for responses",
 }
 

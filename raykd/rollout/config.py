@@ -13,3 +13,5 @@ class EngineSettings(EngineConfig):
     vocab_size: int | None = Field(default=None, ge=2)
     """True vocabulary; rows of the model past it are padding and are never sampled. None: the model has no padding."""
     seed: int = Field(default=0, ge=0)
+    sleep: bool = False
+    """Whether it can give its GPU memory back for a while."""

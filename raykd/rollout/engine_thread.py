@@ -15,11 +15,17 @@ if TYPE_CHECKING:
     from vllm import LLMEngine
 
 
+SLEEP_LEVEL = 1
+"""vLLM's: weights wait in the machine's memory. Level 2 would forget them, and engines are also asked without an update before:
+by held-out measures between steps, before the first step, as a teacher."""
+
+
 @dataclass
 class _Request:
     text: list[int]
     pieces: list[Piece]
     session: str | None
+    wakes: bool = True
     future: "Future[Written]" = field(default_factory=Future)
 
 
@@ -28,6 +34,8 @@ class _Call:
     function: "Callable[[LLMEngine], Any]"
     fatal: bool
     exclusive: bool = True
+    wakes: bool = True
+    """An engine that sleeps."""
     future: Future[Any] = field(default_factory=Future)
 
 
@@ -40,6 +48,7 @@ class EngineThread:
         self._running: dict[str, _Request] = {}
         self._num_requests = 0
         self._failure: BaseException | None = None
+        self._sleeping = False
         self._closing = threading.Lock()
         ready: Future[None] = Future()
         self._thread = threading.Thread(target=self._run, args=(build, ready), name="vllm-engine", daemon=True)
@@ -53,7 +62,7 @@ class EngineThread:
 
     def end_session(self, name: str) -> Future[None]:
         """Forget a resident text."""
-        return self._put(_Call(lambda _: self._drop(name), fatal=False, exclusive=False))
+        return self._put(_Call(lambda _: self._drop(name), fatal=False, exclusive=False, wakes=False))
 
     def exclusive(self, function: "Callable[[LLMEngine], Any]", *, fatal: bool = False) -> Future[Any]:
         """Run a function once the requests queued before it are answered and before those queued after it begin.
@@ -61,6 +70,13 @@ class EngineThread:
         No text is resident then. ``fatal``: an error in it leaves the engine unusable.
         """
         return self._put(_Call(function, fatal))
+
+    def sleep(self) -> Future[None]:
+        """Give the GPU memory of weights and KV cache back, once the requests queued before are answered.
+
+        Whatever is asked next first wakes the engine, which has the same weights then and no text.
+        """
+        return self._put(_Call(self._fall_asleep, fatal=True, wakes=False))
 
     def close(self) -> None:
         """Stop the engine; callers still waiting get an error."""
@@ -115,6 +131,9 @@ class EngineThread:
             item = self._backlog[0]
             if isinstance(item, _Call) and item.exclusive and self._running:
                 break
+            if self._sleeping and item.wakes:
+                engine.wake_up()
+                self._sleeping = False
             self._backlog.popleft()
             if isinstance(item, _Call):
                 self._call(engine, item)
@@ -133,6 +152,14 @@ class EngineThread:
                 raise
         else:
             _answer(call.future, result)
+
+    def _fall_asleep(self, engine: "LLMEngine") -> None:
+        if self._sleeping:
+            return
+        if not engine.reset_prefix_cache():
+            raise RuntimeError("vLLM cannot forget its KV cache before it sleeps: some of it is in use though nothing is asked")
+        engine.sleep(SLEEP_LEVEL)
+        self._sleeping = True
 
     def _begin(self, engine: "LLMEngine", request: _Request) -> None:
         from vllm.exceptions import VLLMClientError

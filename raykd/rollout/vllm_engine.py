@@ -90,6 +90,15 @@ class VllmEngine:
         await self._answer(replaced, f"the weights of version {update.version}")
         return update.version
 
+    async def sleep(self) -> None:
+        """Give the GPU memory back once no request is in flight; the next request, update or look wakes the engine first.
+
+        Texts of sessions are forgotten. Takes ``sleep`` in the engine's settings, on a GPU.
+        """
+        if not self._config.sleep:
+            raise ValueError("this engine was started without sleep mode: set sleep in its settings")
+        await self._answer(self._thread.sleep(), "the wish to sleep")
+
     async def inspect(self, function: "Callable[[LLMEngine], Any]") -> Any:
         """Run a function on vLLM's engine between batches."""
         return await self._answer(self._thread.exclusive(function), "a look at the engine")
@@ -156,6 +165,7 @@ def start_engine(model: str, config: EngineSettings) -> "LLMEngine":
         "max_model_len": config.max_length,
         "seed": config.seed,
         "logprobs_mode": "raw_logprobs",
+        "enable_sleep_mode": config.sleep,
         "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
         "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
     }

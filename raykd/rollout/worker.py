@@ -53,6 +53,11 @@ class RolloutWorker:
             self.version = await self.engine.install(update)
             return self.version
 
+    async def sleep(self) -> None:
+        """Give the GPU memory back, once the responses in progress are written; ``load`` and ``generate`` wake the engine."""
+        async with self._alone():
+            await self.engine.sleep()
+
     def close(self) -> None:
         """Stop the engine."""
         self.engine.close()
