@@ -110,6 +110,20 @@ def test_the_gpus_of_all_fleets_add_up():
         learner=LearnerConfig(ranks=4, gpus=1),
     )
     assert asked.gpus() == 2 + 6 + 4
+    shares = experiment(
+        teacher=TEACHER,
+        rollout=RolloutConfig(replicas=3, gpus=0.2),
+        teachers=TeacherConfig(gpus=0.3),
+        learner=LearnerConfig(gpus=0.1),
+    )
+    assert shares.gpus() == 1, "not a little more, as the floating-point sum"
+
+
+def test_learner_ranks_do_not_share_a_gpu():
+    with pytest.raises(ValidationError, match=r"two of 2 ranks with gpus 0\.5 could be given the same GPU"):
+        LearnerConfig(ranks=2, gpus=0.5)
+    LearnerConfig(ranks=2, gpus=0.6)
+    LearnerConfig(gpus=0.5)
 
 
 def test_the_threads_of_overlapping_work_add_up():

@@ -251,6 +251,7 @@ def test_after_a_step_the_published_weights_are_the_learners_and_the_engine_foll
             assert torch.equal(published[name].view(torch.uint8), tensor.view(torch.uint8)), name
     assert workers.rollouts is not None
     assert workers.rollouts.broadcast("load", {"update": carried}) == [3]
+    assert workers.rollouts.broadcast("gpus", {}) == [[workers.learner.all("gpu")[0]]] * len(workers.rollouts.actors)
 
     # Hugging Face agrees with what the engine recorded, token by token.
     for rollout in rollouts[:8]:

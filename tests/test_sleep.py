@@ -76,7 +76,7 @@ def engine() -> Recorder:
 
 @pytest.fixture
 def thread(engine: Recorder) -> Iterator[EngineThread]:
-    started = EngineThread(lambda: engine)  # pyright: ignore[reportArgumentType, reportReturnType]
+    started = EngineThread(lambda: engine)  # pyright: ignore[reportArgumentType]
     yield started
     started.close()
 
@@ -158,7 +158,8 @@ class Calls:
         self._into.append(f"{self._name} {method}")
         return [[SimpleNamespace(tokens=(1,))] * len(call["requests"]) for call in calls]
 
-    all = broadcast
+    def all(self, method: str, *arguments: Any) -> list[Any]:
+        return self.broadcast(method, {})
 
 
 @pytest.mark.parametrize("sleeps", [True, False])
@@ -166,7 +167,6 @@ def test_learner_and_teachers_make_room_before_engines_wake(sleeps: bool):
     told: list[str] = []
     workers: Any = object.__new__(Workers)
     workers.rollouts, workers.teachers, workers.learner = (Calls(name, told) for name in ("rollout", "teacher", "learner"))
-    workers.learner.all = lambda method: told.append(f"learner {method}")
     workers.usage, workers._sleepers = Usage(["rollout"]), [workers.rollouts] if sleeps else []
     prompt = SimpleNamespace(id="p", tokens=(1,))
     workers.generate([prompt], None, samples=1, teacher_share=0.0, max_tokens=1, salt=0)

@@ -132,3 +132,12 @@ class LearnerConfig(Value):
     threads: Positive = 1
     deadline_s: float = Field(default=1800.0, gt=0)
     """Longest wait of one rank for another."""
+
+    @model_validator(mode="after")
+    def _a_gpu_each(self) -> Self:
+        if self.ranks > 1 and 0 < self.gpus <= 0.5:
+            raise ValueError(
+                f"two of {self.ranks} ranks with gpus {self.gpus:g} could be given the same GPU, where NCCL does not connect "
+                "them; set gpus above 0.5"
+            )
+        return self
