@@ -70,6 +70,9 @@ class Sleepers:
             Rollout(prompt_id=p.id, sample=sample, prompt_tokens=p.tokens, **common) for p in prompts for sample in range(samples)
         ]
 
+    def sleep(self) -> None:
+        """No GPU memory to give back."""
+
     def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None) -> list[Row]:
         """Rows without scores."""
         self._work("score", len(rollouts))

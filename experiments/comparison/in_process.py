@@ -87,6 +87,7 @@ class InProcess(Workers):
         self.teachers: Any = Only(ScoringTeacher(teacher, facts.eos_ids)) if teacher else None
         self.rollouts: Any = Only(Writer(facts)) if teacher else None
         self.replay: Any = ReplayBuffer(experiment.seed)
+        self._sleepers = []
         self._update = self._loaded = None
         self._published = WeakSet()
         self._learner_version = 0
