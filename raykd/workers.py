@@ -212,10 +212,10 @@ class Workers:
 
     def _start(self, replicas: list[Any]) -> None:
         """Wait for the engines while the ranks load: every start-up error surfaces here, with its reason."""
-        address = get(self.learner.ranks[0].address.remote(), START_DEADLINE_S, "learner rank 0")
         if self._sleepers:  # vLLM measures what is free when it starts, and the ranks load in what it gives back
             get([actor.ping.remote() for actor in replicas], START_DEADLINE_S, "starting the engines")
             self.sleep()
+        address = get(self.learner.ranks[0].address.remote(), START_DEADLINE_S, "learner rank 0")
         heads = get(self.teachers.actors[0].head.remote(), START_DEADLINE_S, "the teacher's head") if self.teachers else []
         ranks = [rank.start.remote(address, heads) for rank in self.learner.ranks]
         get([*(actor.ping.remote() for actor in replicas), *ranks], START_DEADLINE_S, "starting the workers")
