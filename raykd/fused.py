@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference of plain and fused states, relative to the largest state."""
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.1}
+"""Of the states, by norms. Rounding alone makes a tenth in bfloat16 after forty layers, another function more than one."""
 ROTARY = "apply_rotary_pos_emb"
 
 
@@ -42,11 +42,11 @@ def fuse(model: PreTrainedModel) -> bool:
     if rotary is not before.get(ROTARY):
         setattr(module, ROTARY, _on_gpus(rotary, before[ROTARY]))
     fused = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    error, largest = float((fused - plain).abs().max()), float(plain.abs().max())
-    if not error <= TOLERANCE[plain.dtype] * largest:
+    error = float((fused - plain).norm() / plain.norm())
+    if not error <= TOLERANCE[plain.dtype]:
         raise RuntimeError(
-            f"liger-kernel's {model.config.model_type} gives other states than transformers' (off by {error:.2g}, the largest is "
-            f"{largest:.2g}): install versions of both that belong together, or uninstall liger-kernel"
+            f"liger-kernel's {model.config.model_type} gives other states than transformers' (off by {error:.0%}): install versions "
+            "of both that belong together, or uninstall liger-kernel"
         )
     return True
 

@@ -65,7 +65,7 @@ class Learner:
             dtype=getattr(torch, config.dtype),
             vocab_size=vocab_size,
             chunk=config.chunk,
-            compiled=config.compiled,
+            compiled=self.device.type == "cuda" if config.compiled is None else config.compiled,
             teacher_head=None if teacher_head is None else teacher_head.to(self.device),
             sharded=zero_stage(config) == 3,
             activation_checkpointing=config.activation_checkpointing,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
+from torch.utils._pytree import tree_leaves
 
 from raykd.logprobs import can_look, gather, promote
 from raykd.payloads import Probe, Top, compare, unwritten
@@ -60,6 +61,8 @@ SIZES = {
     "cuda": Sizes(chunk=2**25, positions=256, tile=2**62, rows=64, slopes_kept=True),
 }
 
+RECOMPUTE = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
+"""To torch.compile on a GPU: log-probs are computed from W h wherever they are looked at, rather than written and read again."""
 PROGRAMS = 64
 """Compiled ones that are kept: an algorithm has several, with and without gradient, for the first tile of a chunk and others."""
 
@@ -260,9 +263,10 @@ def _sums(
 def _differentiate(product: Tensor, slope: Tensor | None, wanted: bool, compiled: bool, *tile: Any) -> Found:
     """What a tile gives; d loss / d (W h) is written to ``slope``, or over W h, where it is wanted."""
     if not wanted:
-        return (_compiled(_sums) if compiled else _sums)(product, *tile)[1]
+        return (_compiled(_sums, product.device.type) if compiled else _sums)(product, *tile)[1]
     if compiled:
-        gradient, found = _compiled(_gradient_and_sums)(product, (product if slope is None else slope).dtype, *tile)
+        program = _compiled(_gradient_and_sums, product.device.type)
+        gradient, found = program(product, (product if slope is None else slope).dtype, *tile)
     else:
         with torch.enable_grad():
             loss, found = _sums(product.requires_grad_(), *tile)
@@ -278,10 +282,20 @@ def _gradient_and_sums(product: Tensor, dtype: torch.dtype, *tile: Any) -> tuple
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     """A program for each algorithm, for tiles of any height; few, so that all are kept."""
     torch._dynamo.config.recompile_limit = max(PROGRAMS, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=True)
+    if device == "cpu":
+        return torch.compile(function, dynamic=True)
+    program = torch.compile(function, dynamic=False, options=RECOMPUTE)
+
+    def of_any_height(*arguments: Any) -> Any:
+        for value in tree_leaves(arguments):
+            if isinstance(value, Tensor):
+                torch._dynamo.maybe_mark_dynamic(value, 0)
+        return program(*arguments)
+
+    return of_any_height
 
 
 class _Gradients(NamedTuple):
@@ -345,9 +359,10 @@ class _Differentiated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # Autograd casts each to its input's dtype, so that half-precision gradients are rounded once.
-        if can_look(upstream[0]) and bool(upstream[0] == 1):  # a copy of the head's gradient takes a twentieth of a step
-            return None, None, *ctx.saved_tensors
-        return None, None, *(None if gradient is None else gradient * upstream[0] for gradient in ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        if not (can_look(upstream[0]) and bool(upstream[0] == 1)):  # a pass over the head's gradient takes a twentieth of a step
+            torch._foreach_mul_([gradient for gradient in saved if gradient is not None], upstream[0])
+        return None, None, *saved
 
 
 def _product_of(sent: Tensor | Top, rows: slice, head: Head | None, vocab_size: int) -> Tensor:

@@ -124,8 +124,9 @@ class LearnerConfig(Value):
     """Sequences of one forward and backward pass on one rank."""
     chunk: Positive = 1024
     """Positions whose distributions exist at the same time."""
-    compiled: bool = False
-    """What is computed over the vocabulary is compiled by torch.compile, 10 s for each algorithm; takes a C++ compiler."""
+    compiled: bool | None = None
+    """What is computed over the vocabulary is compiled by torch.compile, 10 s for each algorithm; takes a C++ compiler. None: on a
+    GPU."""
     lora: LoRA = LoRA()
     activation_checkpointing: bool = False
     offload_optimiser: bool = False
