@@ -45,8 +45,8 @@ def fuse(model: PreTrainedModel) -> bool:
     error = float((fused - plain).norm() / plain.norm())
     if not error <= TOLERANCE[plain.dtype]:
         raise RuntimeError(
-            f"liger-kernel's {model.config.model_type} gives other states than transformers' (off by {error:.0%}): install versions "
-            "of both that belong together, or uninstall liger-kernel"
+            f"liger-kernel's {model.config.model_type} gives other states than transformers' (off by {error:.0%}): install "
+            "versions of both that belong together, or uninstall liger-kernel"
         )
     return True
 

@@ -61,7 +61,7 @@ SIZES = {
     "cuda": Sizes(chunk=2**25, positions=256, tile=2**62, rows=64, slopes_kept=True),
 }
 
-RECOMPUTE = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
+RECOMPUTE: dict[str, Any] = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
 """To torch.compile on a GPU: log-probs are computed from W h wherever they are looked at, rather than written and read again."""
 PROGRAMS = 64
 """Compiled ones that are kept: an algorithm has several, with and without gradient, for the first tile of a chunk and others."""
@@ -361,7 +361,8 @@ class _Differentiated(torch.autograd.Function):
         # Autograd casts each to its input's dtype, so that half-precision gradients are rounded once.
         saved = ctx.saved_tensors
         if not (can_look(upstream[0]) and bool(upstream[0] == 1)):  # a pass over the head's gradient takes a twentieth of a step
-            torch._foreach_mul_([gradient for gradient in saved if gradient is not None], upstream[0])
+            known = [gradient for gradient in saved if gradient is not None]
+            torch._foreach_mul_(known, upstream[0])  # pyright: ignore[reportPrivateImportUsage]
         return None, None, *saved
 
 

@@ -125,8 +125,8 @@ class LearnerConfig(Value):
     chunk: Positive = 1024
     """Positions whose distributions exist at the same time."""
     compiled: bool | None = None
-    """What is computed over the vocabulary is compiled by torch.compile, 10 s for each algorithm; takes a C++ compiler. None: on a
-    GPU."""
+    """What is computed over the vocabulary is compiled by torch.compile, 10 s for each algorithm; takes a C++ compiler. None: on
+    GPUs."""
     lora: LoRA = LoRA()
     activation_checkpointing: bool = False
     offload_optimiser: bool = False
