@@ -18,7 +18,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -111,29 +110,35 @@ class Bench:
         positions, responses = self._positions()
         return {"tokens": positions, "flops": self._forward(self.scale.teacher, positions, responses)}
 
-    def project(self, *, compiled: bool = False) -> dict[str, Any]:
+    def projection(self, *, compiled: bool) -> Callable[[], dict[str, Any]]:
         """Reverse KL of two heads, forward and backward."""
         _, count = self._positions()
-        head, width = self.teacher.head(), self.scale.student["hidden_size"]
+        width = self.scale.student["hidden_size"]
         dtype = getattr(torch, self.scale.dtype)
         weight = torch.randn(self.scale.vocab_size, width, device=self.device, dtype=dtype).div_(width**0.5).requires_grad_()
         hidden = torch.randn(count, width, device=self.device, dtype=dtype, requires_grad=True)
         states = torch.randn(count, self.scale.teacher["hidden_size"], device=self.device, dtype=dtype)
         tokens = torch.zeros(count, dtype=torch.long, device=self.device)
-        loss, _ = weighted_loss(
-            Head(weight=weight),
-            hidden,
-            tokens,
-            torch.full((count,), 1 / count, device=self.device),
-            GKD(divergence=ReverseKL()).per_token,
-            vocab_size=self.scale.vocab_size,
-            teacher_states=states,
-            teacher_head=Head(weight=head.weight.to(self.device)),
-            compiled=compiled,
-        )
-        loss.backward()
-        flops = 2 * count * self.scale.vocab_size * (3 * width + self.scale.teacher["hidden_size"])
-        return {"tokens": count, "flops": flops}
+        weights = torch.full((count,), 1 / count, device=self.device)
+        teacher_head = self.teacher.head().to(self.device)
+
+        def project() -> dict[str, Any]:
+            hidden.grad = weight.grad = None
+            loss, _ = weighted_loss(
+                Head(weight=weight),
+                hidden,
+                tokens,
+                weights,
+                GKD(divergence=ReverseKL()).per_token,
+                vocab_size=self.scale.vocab_size,
+                teacher_states=states,
+                teacher_head=teacher_head,
+                compiled=compiled,
+            )
+            loss.backward()
+            return {"tokens": count, "flops": 2 * count * self.scale.vocab_size * (3 * width + states.shape[1])}
+
+        return project
 
     def start_learner(self, *, compiled: bool) -> None:
         """One rank, loaded from a folder as in a run."""
@@ -282,9 +287,9 @@ def main() -> None:
     bench = made(scale_name)
     rate = flops_rate(bench.device, getattr(torch, scale.dtype))
     bench.start_teacher()
-    rows = {"score": timed(bench.score, rate), "projection": timed(bench.project, rate)}
+    rows = {"score": timed(bench.score, rate), "projection": timed(bench.projection(compiled=False), rate)}
     if which("cc"):
-        rows["projection, compiled"] = timed(partial(bench.project, compiled=True), rate)
+        rows["projection, compiled"] = timed(bench.projection(compiled=True), rate)
     for compiled in (False, True) if which("cc") else (False,):
         bench.start_learner(compiled=compiled)
         rows["learner step, compiled" if compiled else "learner step"] = timed(bench.learn, rate)

@@ -17,7 +17,8 @@ from raykd.fused import fuse
 from raykd.packing import Ragged, packed, packed_attention
 from raykd.projection import SIZES, Head, teacher_probe, weighted_loss
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+if not torch.cuda.is_available():
+    pytest.skip("needs a GPU", allow_module_level=True)
 
 
 class OnGPU(Case):
