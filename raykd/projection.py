@@ -146,8 +146,9 @@ def weighted_loss(
     most probable tokens without, or not at all. With ``probe`` it is compared on the way: ValueError when it is not the teacher's
     own distribution. A chunk is ``chunk`` positions at most. ``compiled``: what lies between the products is, by torch.compile.
     """
-    student = head.ready(vocab_size)
-    guide = None if teacher_head is None else teacher_head.ready(vocab_size)
+    with torch.no_grad():
+        student = head.ready(vocab_size)
+        guide = None if teacher_head is None else teacher_head.ready(vocab_size)
     sizes = SIZES[hidden.device.type]
     size = _positions(hidden, vocab_size, chunk)
     together = _positions_together(size, student.weight) if sizes.slopes_kept else size
