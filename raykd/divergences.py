@@ -162,11 +162,14 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros of ``[..., V]`` in the place of their gradients
         ctx.save_for_backward(*output[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if upstream[0] is None:
+            return None, None
         probabilities, terms, impossible = ctx.saved_tensors
         slope = (upstream[0].masked_fill(impossible, 0.0) if impossible.ndim else upstream[0]).unsqueeze(-1)
         to_first = (terms + probabilities).mul_(slope) if ctx.needs_input_grad[0] else None
