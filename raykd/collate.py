@@ -101,10 +101,8 @@ def collate(
     lay: Lay = padded,
     device: torch.device = CPU,
 ) -> MicroBatch:
-    """Lay rows out as one micro-batch. No rows give one token and N = 0: ranks without work still join the collectives.
-
-    What the teacher sent, the most by far, is put together on ``device``, all else on the CPU.
-    """
+    """Lay rows out as one micro-batch on ``device``. No rows give one token and N = 0: ranks without work still join the
+    collectives. What the teacher sent, the most by far, is put together there, all else on the CPU."""
     layout = lay([row.rollout.prompt_tokens for row in rows], [row.rollout.tokens for row in rows], pad_id)
     responses = [row.rollout.tokens for row in rows] or [()]
     # A text without a prompt is predicted from its second token on: nothing predicts the first.
@@ -125,7 +123,7 @@ def collate(
         tokens=torch.tensor(tokens, dtype=torch.int64),
         **teacher,
         batch=_batch(rows, responses, firsts, totals),
-    )
+    ).to(device)
 
 
 def _batch(

@@ -234,7 +234,7 @@ class Learner:
             pad_id=self._pad_id,
             lay=self._student.lay,
             device=self.device,
-        ).to(self.device)
+        )
 
     def _update(self) -> float:
         """Clip and step, and return the gradient norm; where that is not finite or absurd, drop the gradient."""

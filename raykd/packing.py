@@ -12,7 +12,7 @@ Shapes: R rows, S positions, H hidden width.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, NamedTuple
 
 import torch
@@ -51,14 +51,14 @@ class Ragged(NamedTuple):
 
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> "Ragged":
-        own = [segment.own.stop - segment.own.start for segment in segments]
-        keys = [[*_positions(segment.before), *_positions(segment.own)] for segment in segments]
+        seen = [(_positions(segment.before), _positions(segment.own)) for segment in segments]
+        own, all_seen = [len(own) for _, own in seen], [len(before) + len(own) for before, own in seen]
         shared = any(segment.before is not None for segment in segments)
-        ends = (torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (own, map(len, keys)))
+        ends = (torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device) for sizes in (own, all_seen))
         return cls(
-            torch.tensor([at for positions in keys for at in positions], device=device) if shared else None,
+            torch.tensor([at for before, own in seen for at in chain(before, own)], device=device) if shared else None,
             *ends,
-            longest=(max(own), max(map(len, keys))),
+            longest=(max(own), max(all_seen)),
         )
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:

@@ -114,7 +114,7 @@ class Head:
         """Cut to the true vocabulary, and such that its products are fast: on a CPU, where those of halves would be rounded to
         halves, widened; on a GPU with rows beyond the vocabulary that are computed and not looked at. A frozen model's is made
         ready once: for a small one, widening takes a tenth of a step."""
-        rows = -(-vocab_size // SIZES[self.weight.device.type].rows) * SIZES[self.weight.device.type].rows
+        rows = vocab_size + -vocab_size % SIZES[self.weight.device.type].rows
         head, weight = self.cut(vocab_size), self.weight[:rows]
         if len(weight) < rows:
             weight = pad(weight, (0, 0, 0, rows - len(weight)))
@@ -164,7 +164,7 @@ def weighted_loss(
             tile = slice(at.start - rows.start, at.stop - rows.start)
             found, known = _differentiate(
                 product[tile],
-                None if slope is None else slope[tile],
+                product[tile] if slope is None else slope[tile],
                 gradients.wanted,
                 compiled,
                 None if teacher_product is None else teacher_product[tile],
@@ -261,18 +261,17 @@ def _sums(
     return loss, ({name: value.detach().sum() for name, value in values.items()} | {"loss": loss.detach()}, known)
 
 
-def _differentiate(product: Tensor, slope: Tensor | None, wanted: bool, compiled: bool, *tile: Any) -> Found:
-    """What a tile gives; d loss / d (W h) is written to ``slope``, or over W h, where it is wanted."""
+def _differentiate(product: Tensor, slope: Tensor, wanted: bool, compiled: bool, *tile: Any) -> Found:
+    """What a tile gives; d loss / d (W h) is written to ``slope``, which may be W h itself, where it is wanted."""
     if not wanted:
         return (_compiled(_sums, product.device.type) if compiled else _sums)(product, *tile)[1]
     if compiled:
-        program = _compiled(_gradient_and_sums, product.device.type)
-        gradient, found = program(product, (product if slope is None else slope).dtype, *tile)
+        gradient, found = _compiled(_gradient_and_sums, product.device.type)(product, slope.dtype, *tile)
     else:
         with torch.enable_grad():
             loss, found = _sums(product.requires_grad_(), *tile)
         (gradient,) = torch.autograd.grad(loss, product)
-    (product if slope is None else slope).copy_(gradient)
+    slope.copy_(gradient)
     return found
 
 

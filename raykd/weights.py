@@ -131,13 +131,7 @@ def refuse_overwritten(bucket: Bucket) -> None:
 
 def unpack(bucket: Bucket) -> list[tuple[str, Tensor]]:
     """The tensors of a bucket as views into it, on the device where it lies; they are not to be written to."""
-    if isinstance(bucket.place, GpuRegion):
-        whole = bucket.place.open()
-        return [(packed.name, _view(whole, packed)) for packed in bucket.tensors]
-    data = bucket.data
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes: the views are read-only
-        whole = torch.frombuffer(data, dtype=torch.uint8)
+    whole = bucket.place.open() if isinstance(bucket.place, GpuRegion) else _as_tensor(bucket.data)
     return [(packed.name, _view(whole, packed)) for packed in bucket.tensors]
 
 
@@ -160,6 +154,12 @@ def _pack(
 def _bytes(tensor: Tensor) -> Tensor:
     """[bytes] uint8, a copy only where they do not lie one after the other."""
     return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def _as_tensor(data: np.ndarray) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")  # nobody writes: the views are read-only
+        return torch.frombuffer(data, dtype=torch.uint8)
 
 
 def _view(whole: Tensor, packed: Packed) -> Tensor:

@@ -67,7 +67,7 @@ class Teacher:
 
     def _top(self, states: Tensor, rollouts: Sequence[Rollout], offsets: tuple[int, ...], top_k: int) -> Scores:
         """The most probable tokens; the probe is their log-probs, where the response has one of them."""
-        top = Top(*(values.cpu() for values in teacher_top(states, self._ready_head, top_k, self.vocab_size, self.config.chunk)))
+        top = Top(*map(fetched, teacher_top(states, self._ready_head, top_k, self.vocab_size, self.config.chunk)))
         tokens = torch.tensor([token for rollout in rollouts for token in rollout.tokens], dtype=torch.int32)
         written = top.tokens == tokens[:, None]
         logprobs = torch.where(written, top.logprobs[:, :-1], 0.0).sum(-1)
