@@ -31,7 +31,8 @@ async def verify(engine: VllmEngine, text: Sequence[int], places: Sequence[int],
     """Log-probs of the tokens at ascending ``places``; between them the engine only reads."""
     pieces = [(place, engine._params(0, 1, asked=text[place], greedy=True)) for place in places]
     written = await engine._answer(engine._thread.submit(list(text), pieces, session), "a draft")
-    return [asked for _, asked in written.logprobs]
+    assert written.scored is not None
+    return [*written.scored, written.logprobs[0][1]]
 
 
 async def drafted_response(

@@ -1,5 +1,6 @@
 import asyncio
 from dataclasses import replace
+from itertools import zip_longest
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from rollout_stack import (
 
 from raykd.records import Source
 from raykd.rollout.requests import GenerationRequest, derive_seed
-from raykd.rollout.vllm_engine import VllmEngine
+from raykd.rollout.vllm_engine import AT_ONCE, VllmEngine
 from raykd.weights import Shelves, WeightUpdate
 
 pytestmark = [pytest.mark.stack, pytest.mark.usefixtures("data")]
@@ -80,6 +81,69 @@ def test_a_text_of_full_length_is_scored_from_any_position(start):
     scored = wait(worker(STORIES).engine.complete(tokens, 0, seed=0, session="scored", score_from=start)).scored
     torch.testing.assert_close(torch.tensor(scored), chosen_logprobs(reference(STORIES), tokens, start), atol=1e-4, rtol=0)
     wait(worker(STORIES).engine.forget("scored"))
+
+
+TEXT = torch.randint(3, 512, (200,), generator=torch.Generator().manual_seed(3)).tolist()
+
+
+async def continued(engine: VllmEngine, session: str, known: int, scored: int, max_tokens: int) -> None:
+    """Writes a token after the ``known`` first of ``TEXT``, and goes on once another has written ``scored`` more."""
+    first = await engine.complete(TEXT[:known], 1, seed=0, session=session)
+    text = [*TEXT[:known], *first.tokens, *TEXT[-scored:]]
+    written = await engine.complete(text, max_tokens, seed=known, session=session, score_from=known + 1)
+    await engine.forget(session)
+    alone = await engine.complete(text, max_tokens, seed=known) if max_tokens else written
+    assert (written.tokens, written.finished) == (alone.tokens, alone.finished)
+    expected = chosen_logprobs(reference(STORIES), [*text, *written.tokens], known + 1)
+    torch.testing.assert_close(torch.tensor(written.scored + written.logprobs), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 6])
+@pytest.mark.parametrize("scored", [1, 2, AT_ONCE, AT_ONCE + 1, 3 * AT_ONCE])
+def test_what_others_wrote_is_scored_as_it_is_read(scored, max_tokens):
+    engine, pieces = worker(STORIES).engine, []
+
+    def watch(vllm):
+        add = vllm.engine_core.add_request
+        vllm.engine_core.add_request = lambda request: pieces.append(request.request_id) or add(request)
+
+    wait(engine.inspect(watch))
+    wait(continued(engine, "read", 20, scored, max_tokens))
+    wait(engine.inspect(lambda vllm: delattr(vllm.engine_core, "add_request")))
+    at_once = min(scored, AT_ONCE if max_tokens else AT_ONCE + 1)
+    assert sum("read" in piece for piece in pieces) == 1 + scored - at_once + 1
+    assert wait(engine.inspect(lambda vllm: scores_left(vllm))) == 0
+
+
+def scores_left(vllm) -> int:
+    (sampler,) = vllm.collective_rpc(lambda worker: worker.model_runner.sampler)
+    return len(sampler.scores)
+
+
+def test_scores_are_those_of_each_text_when_a_step_takes_only_parts_of_some():
+    engine = worker(STORIES).engine
+    step = wait(engine.inspect(lambda vllm: vllm.vllm_config.scheduler_config.max_num_batched_tokens))
+
+    async def all_at_once():
+        others = (engine.complete(TEXT[index % 9 :], 3, index) for index in range(step // 190 + 8))
+        sessions = (continued(engine, f"s{index}", 5 + 3 * index, 1 + index % 12, 4) for index in range(40))
+        await asyncio.gather(*(one for both in zip_longest(others, sessions) for one in both if one is not None))
+
+    wait(all_at_once())
+    assert wait(engine.inspect(scores_left)) == 0
+
+
+def test_what_was_not_read_because_it_was_cached_is_scored_piece_by_piece():
+    engine = worker(STORIES).engine
+    sessions = engine._thread._sessions
+    sessions._scores, kept = {}, sessions._scores  # as if none of the places had been computed
+    wait(continued(engine, "cached", 20, 3, 4))
+    sessions._scores = kept
+    wait(engine.inspect(forget_scores))
+
+
+def forget_scores(vllm) -> None:
+    vllm.collective_rpc(lambda worker: worker.model_runner.sampler.scores.clear())
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
@@ -228,6 +292,8 @@ def test_what_cannot_be_answered_is_refused_with_a_remedy():
         wait(engine.complete([1, 512], 10, seed=0))
     with pytest.raises(ValueError, match="token before it"):
         wait(engine.complete([1, 2], 0, seed=0, session="scored", score_from=0))
+    with pytest.raises(ValueError, match="nothing is asked"):
+        wait(engine.complete([1, 2], 0, seed=0, session="scored", score_from=2))
     with pytest.raises(ValueError, match="no teacher was given"):
         wait(worker(STORIES).generate(requests(), 0.2, 10))
     with pytest.raises(ValueError, match="more than the 512 rows"):

@@ -76,7 +76,7 @@ def engine() -> Recorder:
 
 @pytest.fixture
 def thread(engine: Recorder) -> Iterator[EngineThread]:
-    started = EngineThread(lambda: engine)  # pyright: ignore[reportArgumentType]
+    started = EngineThread(lambda: (engine, None))  # pyright: ignore[reportArgumentType]
     yield started
     started.close()
 

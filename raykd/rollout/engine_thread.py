@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raykd.engine import STEPPING
-from raykd.rollout.sessions import Piece, Sessions, Written
+from raykd.rollout.sessions import Piece, Scores, Sessions, Written
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
@@ -42,7 +42,8 @@ class _Call:
 class EngineThread:
     """Runs ``LLMEngine.step()`` while there are requests. An error of the engine reaches every caller, then and later."""
 
-    def __init__(self, build: "Callable[[], LLMEngine]") -> None:
+    def __init__(self, build: "Callable[[], tuple[LLMEngine, Scores | None]]") -> None:
+        """``build``: makes the engine, and says where its sampler puts the scores of what it reads, if it does."""
         self._inbox: queue.SimpleQueue[_Request | _Call | None] = queue.SimpleQueue()
         self._backlog: deque[_Request | _Call] = deque()
         self._running: dict[str, _Request] = {}
@@ -90,11 +91,11 @@ class EngineThread:
             self._inbox.put(item)
         return item.future
 
-    def _run(self, build: "Callable[[], LLMEngine]", ready: Future[None]) -> None:
+    def _run(self, build: "Callable[[], tuple[LLMEngine, Scores | None]]", ready: Future[None]) -> None:
         try:
             with STEPPING:
-                engine = build()
-                self._sessions = Sessions(engine)
+                engine, scores = build()
+                self._sessions = Sessions(engine, scores)
         except BaseException as error:
             ready.set_exception(error)
             return
@@ -190,8 +191,13 @@ class EngineThread:
         for output in outputs:
             session = self._running[output.request_id].session
             written = Written.of(output) if session is None else self._sessions.finish_piece(session, output)
-            if written is not None:
-                _answer(self._running.pop(output.request_id).future, written)
+            if written is None:
+                continue
+            request = self._running.pop(output.request_id)
+            if written.scored is None:
+                self._backlog.appendleft(request)  # the text is read anew, and scored piece by piece
+            else:
+                _answer(request.future, written)
 
     def _fail(self, error: BaseException) -> None:
         with self._closing:

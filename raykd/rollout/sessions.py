@@ -2,11 +2,15 @@
 
 Built on vLLM's resumable requests (its streaming input): a request that has finished a piece keeps its place and its keys
 and values until the next piece comes. What it wrote last has not been read by the model, so the next piece begins with it.
+
+Tokens that others wrote are scored by a piece for each: the log-prob of the token that follows is asked for, and what is picked
+in its place is thrown away. Where the sampler is ours (``cpu_sampler``), the last piece scores the last of them as it reads
+them, unless the text has to be read anew: parts of it could be found cached then, and would not be computed.
 """
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,16 +22,25 @@ CROWDED = 0.9
 Piece = tuple[int, "SamplingParams"]
 """How far the text is read, and what is written after that."""
 
+Scores = dict[str, dict[int, float]]
+"""Log-probs of tokens scored as they were read, by the request and the position."""
+
+SCORED = "raykd_scored"
+"""In a piece's ``extra_args``: the first and the end of the positions to score while it is read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Written:
     """What vLLM wrote for one call, its own log-probs beside it."""
 
     tokens: list[int]
+    """Of the last piece."""
     logprobs: list[list[float]]
     """For each token its log-prob, then that of the token asked for at its place."""
     stopped: bool
     """By a stop token."""
+    scored: list[float] | None = field(default_factory=list)
+    """Log-probs of the tokens that the pieces before the last are for; None where vLLM found one of them cached."""
 
     @classmethod
     def of(cls, output: "RequestOutput", start: int = 0) -> "Written":
@@ -48,6 +61,8 @@ class _Session:
     num_pieces: int = 0
     """Of the last call."""
     num_unfinished: int = 0
+    at_once: range = range(0)
+    """Positions that the last piece scores in the place of pieces of their own."""
 
 
 class Sessions:
@@ -56,8 +71,10 @@ class Sessions:
     A session may end between any two calls, for want of room or with its engine: a call always brings the whole text.
     """
 
-    def __init__(self, engine: "LLMEngine") -> None:
+    def __init__(self, engine: "LLMEngine", scores: Scores | None = None) -> None:
+        """``scores``: where the engine's sampler puts them, if it does."""
         self._engine = engine
+        self._scores = scores
         self._sessions: dict[str, _Session] = {}
         self._at_rest: dict[str, None] = {}  # ordered: the one that has rested longest is first
         self._num_opened = 0
@@ -71,6 +88,7 @@ class Sessions:
         session = self._sessions.get(name)
         if session is not None and len(session.read) < pieces[0][0] and session.read == text[: len(session.read)]:
             del self._at_rest[name]
+            pieces, session.at_once = self._join(pieces)
         else:
             self.end(name)
             self._num_opened += 1
@@ -90,8 +108,14 @@ class Sessions:
         self._at_rest[name] = None
         written = Written.of(output, session.num_outputs)
         session.num_outputs += len(written.tokens)
-        session.read += written.tokens[session.num_pieces - 1 : -1]  # pieces before the last write one token each
-        return written
+        before = session.num_pieces - 1  # each wrote one token
+        tokens, logprobs = written.tokens[before:], written.logprobs[before:]
+        session.read += tokens[:-1]
+        scored = [asked for _, asked in written.logprobs[:before]]
+        at_once = (self._scores or {}).pop(session.request_id, {})
+        if any(position not in at_once for position in session.at_once):  # it was preempted, and another has the same text
+            return replace(written, scored=None)
+        return replace(written, tokens=tokens, logprobs=logprobs, scored=scored + [at_once[place] for place in session.at_once])
 
     def end(self, name: str) -> str:
         """Forget a text if it is here; its full blocks stay cached until others need them. Returns vLLM's name of the request."""
@@ -99,6 +123,7 @@ class Sessions:
         if (session := self._sessions.pop(name, None)) is None:
             return ""
         self._engine.abort_request([session.request_id])
+        (self._scores or {}).pop(session.request_id, None)
         return session.request_id
 
     def end_all(self) -> None:
@@ -114,6 +139,13 @@ class Sessions:
             num_running + len(self._at_rest) > scheduler.max_num_running_reqs or scheduler.get_kv_cache_usage() > CROWDED
         ):
             self.end(next(iter(self._at_rest)))
+
+    def _join(self, pieces: Sequence[Piece]) -> tuple[Sequence[Piece], range]:
+        """Without those whose work the last one does, and the positions that it scores for them."""
+        if self._scores is None:
+            return pieces, range(0)
+        places = range(*(pieces[-1][1].extra_args or {})[SCORED])
+        return [piece for piece in pieces if piece[0] not in places], places
 
     def _queue(self, request_id: str, tokens: list[int], params: "SamplingParams") -> None:
         engine = self._engine

@@ -9,6 +9,7 @@ from raykd.engine import prepare, start
 from raykd.rollout.config import EngineSettings
 from raykd.rollout.engine_thread import EngineThread
 from raykd.rollout.requests import Completion
+from raykd.rollout.sessions import SCORED, Scores
 from raykd.weights import Bucket, WeightUpdate, refuse_overwritten, verify
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 
 CPU_SAMPLER = "raykd_seed_and_temperature"
 """In a request's ``extra_args``, for ``cpu_sampler``: temperature 0 takes the most likely token."""
+
+AT_ONCE = 8
+"""Tokens scored as a piece is read, at most: each has logits ``[V]`` then."""
 
 
 class VllmEngine:
@@ -58,19 +62,23 @@ class VllmEngine:
             score_from = len(text)
         elif not 0 < score_from <= len(text):
             raise ValueError(f"cannot score from position {score_from} of {len(text)} tokens: the first needs a token before it")
-        # A token is scored by asking for its log-prob where another is picked, which is thrown away.
-        scores = range(score_from, len(text))
-        pieces = [(end, self._params(seed, 1, greedy=True, asked=text[end])) for end in scores]
+        if not max_tokens and score_from == len(text):
+            raise ValueError("nothing is asked: max_tokens is 0 and there is no token to score")
+        end = len(text) if max_tokens else len(text) - 1
+        before = range(score_from, end)
+        pieces = [(place, self._params(seed, 1, greedy=True, asked=text[place])) for place in before]
         if max_tokens:
             asked = None if session is None else 0
-            pieces.append((len(text), self._params(seed, max_tokens, temperature=temperature, greedy=greedy, asked=asked)))
+            last = self._params(seed, max_tokens, temperature=temperature, greedy=greedy, asked=asked, scores=before[-AT_ONCE:])
+        else:
+            last = self._params(seed, 1, greedy=True, asked=text[end], scores=before[-AT_ONCE:])
+        pieces.append((end, last))
         written = await self._answer(self._thread.submit(list(text), pieces, session), "a completion")
-        return Completion(
-            tokens=tuple(written.tokens[len(scores) :]),
-            logprobs=tuple(own for own, *_ in written.logprobs[len(scores) :]),
-            finished=max_tokens > 0 and written.stopped,
-            scored=tuple(asked for _, asked in written.logprobs[: len(scores)]),
-        )
+        assert written.scored is not None
+        if not max_tokens:
+            return Completion((), (), False, scored=(*written.scored, written.logprobs[0][1]))
+        logprobs = tuple(own for own, *_ in written.logprobs)
+        return Completion(tuple(written.tokens), logprobs, written.stopped, tuple(written.scored))
 
     async def forget(self, session: str) -> None:
         """The text of a session is complete."""
@@ -108,9 +116,16 @@ class VllmEngine:
         self._thread.close()
 
     def _params(
-        self, seed: int, max_tokens: int, *, asked: int | None, temperature: float = 1.0, greedy: bool = False
+        self,
+        seed: int,
+        max_tokens: int,
+        *,
+        asked: int | None,
+        scores: range = range(0),
+        temperature: float = 1.0,
+        greedy: bool = False,
     ) -> "SamplingParams":
-        """``asked``: a token whose log-prob is wanted beside that of each token sampled."""
+        """``asked``: a token whose log-prob is wanted beside that of each token sampled; ``scores``: positions read before."""
         from vllm import SamplingParams
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind
@@ -122,7 +137,7 @@ class VllmEngine:
             max_tokens=max_tokens,
             temperature=0.0 if on_cpu else temperature,  # of vLLM's sampler, which would keep a generator for each seed
             seed=seed,
-            extra_args={CPU_SAMPLER: (seed, temperature)} if on_cpu else None,
+            extra_args={CPU_SAMPLER: (seed, temperature), SCORED: (scores.start, scores.stop)} if on_cpu else None,
             logprobs=0 if asked is None else None,
             logprob_token_ids=None if asked is None else [asked],
             flat_logprobs=True,
@@ -151,8 +166,8 @@ class VllmEngine:
             )
 
 
-def start_engine(model: str, config: EngineSettings) -> "LLMEngine":
-    """Start vLLM in the calling thread, ready for new weights."""
+def start_engine(model: str, config: EngineSettings) -> "tuple[LLMEngine, Scores | None]":
+    """Start vLLM in the calling thread, ready for new weights; where its sampler puts the scores of what it reads, if it does."""
     prepare()
     from vllm.config import WeightTransferConfig
     from vllm.platforms import current_platform
@@ -175,9 +190,8 @@ def start_engine(model: str, config: EngineSettings) -> "LLMEngine":
         arguments["ir_op_priority"] = {"rms_norm": [PROVIDER], "fused_add_rms_norm": [PROVIDER]}
     engine = start(model, config, arguments)
     engine.collective_rpc("init_weight_transfer_engine", args=({"vocab_size": config.vocab_size},))
-    if current_platform.is_cpu():
-        engine.collective_rpc("sample_by_seed")
-    return engine
+    scores = engine.collective_rpc("sample_by_seed") if current_platform.is_cpu() else []
+    return engine, scores[0] if len(scores) == 1 else None  # those of other processes stay there
 
 
 async def check(update: WeightUpdate) -> None:

@@ -27,6 +27,7 @@ from vllm.platforms import current_platform
 from raykd.gpu_sharing import gpu_uuid
 from raykd.rollout.cpu_head import WideHead, widen_head
 from raykd.rollout.load_plan import LoadPlan, Recorder
+from raykd.rollout.sessions import Scores
 from raykd.weights import Bucket, unpack
 
 if current_platform.is_cpu():
@@ -126,11 +127,12 @@ class WorkerExtension:
         """UUID of this worker's GPU, None on CPU."""
         return gpu_uuid(self.device)
 
-    def sample_by_seed(self) -> None:
-        """Put our sampler in the place of vLLM's."""
+    def sample_by_seed(self) -> Scores:
+        """Put our sampler in the place of vLLM's; where it puts its scores."""
         from raykd.rollout.cpu_sampler import SoftmaxSampler
 
-        self.model_runner.sampler = SoftmaxSampler(self.model_runner)
+        self.model_runner.sampler = sampler = SoftmaxSampler(self.model_runner)
+        return sampler.scores
 
 
 def _refuse_missing(names: list[str]) -> None:
