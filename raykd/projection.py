@@ -16,7 +16,7 @@ slopes on a GPU, and the gradients themselves.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
+from raykd.cpu_products import PackedWeight
 from raykd.logprobs import can_look, gather, promote
 from raykd.payloads import Probe, Top, compare, unwritten
 
@@ -77,8 +78,8 @@ class Head:
     """[V]."""
     scale: float = 1.0
     softcap: float | None = None
-    widened: bool = False
-    """The weight is float32 that holds bfloat16 values."""
+    packed: PackedWeight | None = None
+    """The same weight as a CPU multiplies by bfloat16."""
     vocab_size: int | None = None
     """Rows of the weight that make logits; all where it is None."""
 
@@ -88,8 +89,8 @@ class Head:
 
     def product(self, hidden: Tensor) -> Tensor:
         """W h, of every row. That of halves is kept in float32: a bfloat16 logit near 16 would be off by up to 0.06."""
-        with halves(self.widened):
-            return _product(hidden.to(self.weight.dtype), self.weight.T)
+        hidden = hidden.to(self.weight.dtype)
+        return _product(hidden, self.weight.T) if self.packed is None else self.packed.product(hidden)
 
     def logits(self, product: Tensor) -> Tensor:
         """Bias, scale and soft-cap; ``[n, V]``, the product's own memory where there are none."""
@@ -104,24 +105,27 @@ class Head:
             raise ValueError(
                 f"the head has {len(self.weight)} rows but the tokenizer {vocab_size} tokens: it is another model's head"
             )
-        return replace(self, weight=self.weight[:vocab_size], bias=None if self.bias is None else self.bias[:vocab_size])
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        return replace(self, weight=self.weight[:vocab_size], bias=bias, packed=None)
 
     def to(self, device: torch.device) -> "Head":
         """The same on another device."""
-        return replace(self, weight=self.weight.to(device), bias=None if self.bias is None else self.bias.to(device))
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(self, weight=self.weight.to(device), bias=bias, packed=None)
 
     def ready(self, vocab_size: int) -> "Head":
         """Cut to the true vocabulary, and such that its products are fast: on a CPU, where those of halves would be rounded to
-        halves, widened; on a GPU with rows beyond the vocabulary that are computed and not looked at. A frozen model's is made
-        ready once: for a small one, widening takes a tenth of a step."""
+        halves, packed or else widened; on a GPU with rows beyond the vocabulary that are computed and not looked at. A frozen
+        model's is made ready once."""
         rows = vocab_size + -vocab_size % SIZES[self.weight.device.type].rows
+        if self.packed is not None and len(self.weight) == rows:
+            return self
         head, weight = self.cut(vocab_size), self.weight[:rows]
         if len(weight) < rows:
             weight = pad(weight, (0, 0, 0, rows - len(weight)))
-        if weight.is_cpu:
-            head = replace(head, widened=head.widened or weight.dtype == torch.bfloat16)
-            weight = promote(weight)
-        return replace(head, weight=weight, vocab_size=vocab_size)
+        with suppress(NotImplementedError):
+            return replace(head, weight=weight, vocab_size=vocab_size, packed=PackedWeight(weight))
+        return replace(head, weight=promote(weight) if weight.is_cpu else weight, vocab_size=vocab_size)
 
 
 def weighted_loss(
@@ -191,8 +195,7 @@ def weighted_loss(
                 own = slice(rows.start - block.start, rows.stop - block.start)
                 differentiate(rows, states[own], slope[own])
         if gradients.wanted:
-            with halves(student.widened):
-                gradients.add(block, slope, states, student.weight)
+            gradients.add(block, slope, states, student.weight)
 
     with torch.no_grad():
         for block in _slices(0, len(tokens), together):
@@ -206,7 +209,7 @@ def weighted_loss(
 @contextmanager
 def halves(wanted: bool) -> Iterator[None]:
     """On a CPU, float32 matrices are multiplied from their values in bfloat16 and summed in float32: exact where they hold no
-    others, two to three times as fast where the CPU multiplies bfloat16, as before elsewhere. On CUDA ``mm`` has an argument."""
+    others, faster where the CPU multiplies bfloat16, as before elsewhere. On CUDA ``mm`` has an argument."""
     products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
     before = products.fp32_precision
     products.fp32_precision = "bf16" if wanted else before
@@ -338,10 +341,16 @@ class _Gradients(NamedTuple):
 
     def add(self, rows: slice, slope: Tensor, states: Tensor, weight: Tensor) -> None:
         """Those of some positions, in order: ``slope`` is d loss / d (W h), a column for each row of ``weight``."""
-        if self.hidden is not None:
+        packed = slope.is_cpu and weight.dtype == torch.bfloat16
+        if self.hidden is not None and packed:  # a whole sum: rounded as autograd would
+            self.hidden[rows] = slope.to(weight.dtype) @ weight
+        elif self.hidden is not None:
             _add_product(self.hidden[rows], 0, slope, weight)
         if self.weight is not None:
-            _add_product(self.weight[: len(weight)], 0 if rows.start == 0 else 1, slope.T, states)
+            with halves(packed):
+                _add_product(
+                    self.weight[: len(weight)], 0 if rows.start == 0 else 1, slope.T, promote(states) if packed else states
+                )
         if self.bias is not None:
             rows_of_both = min(len(self.bias), len(weight))
             self.bias[:rows_of_both] += slope.sum(0, dtype=self.bias.dtype)[:rows_of_both]

@@ -11,12 +11,13 @@ to the next: the first takes 9 times as long as later ones with pages of 2 MB, a
 import mmap
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
+from typing import SupportsInt
 
 import numpy as np
 
@@ -24,8 +25,17 @@ ALIGNMENT = 64
 """Parts of a region begin at multiples of so many bytes; the first so many hold its edition."""
 PIECE = 4 << 20
 """Bytes that one thread copies at a time."""
+BLOCK = 1 << 18
+"""Bytes that are copied, then summed up while they are in the caches."""
+COMPILED = 256 << 20
+"""Bytes of a segment from which a loop that does both at once is worth loading a compiler: it takes 1.5 s and 125 MB, and then
+0.07 s a GiB instead of 0.10."""
 MAPPED = 8
 """Segments that a reader keeps mapped."""
+
+
+CopyAndSum = Callable[[np.ndarray, np.ndarray], SupportsInt]
+"""From the second array of 8-byte words to the first; the sum modulo 2**64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +82,8 @@ class Segment:
             for first in range(0, part.size, PIECE)
         ]
         self._end += size
-        return region, (edition + sum(pool.map(_copy, pieces))) % 2**64
+        copy_and_sum = _compiled_copy_and_sum() if self.size >= COMPILED else _copy_and_sum
+        return region, (edition + sum(pool.map(partial(_copy, copy_and_sum), pieces))) % 2**64
 
 
 def offsets(sizes: Iterable[int]) -> list[int]:
@@ -92,16 +103,30 @@ def checksum(data: np.ndarray) -> int:
     return (words + int.from_bytes(data[num_whole:].tobytes(), "little")) % 2**64
 
 
-def _copy(piece: tuple[np.ndarray, np.ndarray]) -> int:
+def _copy(copy_and_sum: CopyAndSum, piece: tuple[np.ndarray, np.ndarray]) -> int:
     """Copy the second array to the front of the first, and zeros up to where the next part begins; returns its checksum."""
-    from raykd.compiled import copy_and_sum  # loads a compiler, which readers do not need
-
     target, source = piece
     num_whole = source.size // 8 * 8
     target[num_whole : source.size] = source[num_whole:]
     target[source.size : -(-source.size // ALIGNMENT) * ALIGNMENT] = 0
     words = copy_and_sum(target[:num_whole].view(np.uint64), source[:num_whole].view(np.uint64))
     return int(words) + checksum(source[num_whole:])
+
+
+def _copy_and_sum(target: np.ndarray, source: np.ndarray) -> int:
+    """Copy 8-byte words and return their sum modulo 2**64."""
+    total = 0
+    for first in range(0, source.size, BLOCK // 8):
+        block = slice(first, first + BLOCK // 8)
+        target[block] = source[block]
+        total += int(np.add.reduce(source[block]))
+    return total % 2**64
+
+
+def _compiled_copy_and_sum() -> CopyAndSum:
+    from raykd.compiled import copy_and_sum
+
+    return copy_and_sum
 
 
 @lru_cache(MAPPED)

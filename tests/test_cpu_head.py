@@ -7,20 +7,17 @@ import torch
 from rollout_stack import STORIES, STORIES_EOS, engine_config, perturbed, publish, wait
 from transformers import AutoModelForCausalLM
 
-from raykd.rollout import cpu_head
-from raykd.rollout.cpu_head import FEW, WideHead, mkl_product, widen_head
+from raykd import cpu_products
+from raykd.rollout.cpu_head import WideHead, widen_head
 
 
-@pytest.mark.parametrize("mkl", [True, False])
-@pytest.mark.parametrize("rows", [1, 32, 70])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("rows", [1, 70])
 def test_logits_are_the_float32_product_of_the_weights_of_the_last_update(
-    mkl: bool, rows: int, monkeypatch: pytest.MonkeyPatch
+    packed: bool, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if mkl and mkl_product() is None:
-        pytest.skip("no product of bfloat16 matrices here")
-    assert 1 < FEW < 70
-    if not mkl:
-        monkeypatch.setattr(cpu_head, "mkl_product", lambda: None)
+    if not packed:
+        monkeypatch.setattr(cpu_products, "_kernel", lambda: None)
     layer = SimpleNamespace(weight=torch.randn(500, 64).bfloat16())
     hidden, bias = torch.randn(rows, 64).bfloat16(), torch.randn(500).bfloat16()
     head = WideHead()

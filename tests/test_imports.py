@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "raykd"
 # Lowest first. A module (or folder) imports from rows below its own, and from its own row without going in circles.
 ROWS = (
     ("payloads", "records", "logprobs", "value"),
-    ("divergences", "surrogates", "projection", "packing", "fused", "compiled"),
+    ("divergences", "surrogates", "projection", "packing", "fused", "compiled", "cpu_products"),
     ("algorithms", "prompts", "replay", "sharing", "gpu_sharing", "weights", "tracking", "usage", "experiment"),
     ("collate", "rank", "lora", "student", "engine"),
     ("rollout", "teacher", "reward", "learner"),

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from raykd import sharing
 from raykd.sharing import ALIGNMENT, PIECE, Region, Segment, checksum, edition, offsets
 
 ROOT = Path(__file__).parent.parent
@@ -27,8 +28,12 @@ def written(segment: Segment, of: list[np.ndarray], number: int) -> tuple[Region
         return segment.write(number, of, pool)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["in blocks", "compiled"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_what_is_written_is_read_whole_and_summed_up_on_the_way(sizes: list[int]):
+def test_what_is_written_is_read_whole_and_summed_up_on_the_way(
+    sizes: list[int], compiled: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sharing, "COMPILED", 0 if compiled else 2**62)
     first, second = parts(sizes), parts(sizes, seed=1)
     segment = Segment(2 * offsets(sizes)[-1])
     regions = [written(segment, first, 5), written(segment, second, 6)]

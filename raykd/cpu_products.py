@@ -1,0 +1,114 @@
+"""Products of bfloat16 matrices, summed in float32, on a CPU: logits as exact as the states allow, at bfloat16's speed.
+
+PyTorch has no function for them. ``mm`` rounds what it has summed to bfloat16, and float32 matrices that are multiplied as
+bfloat16 are laid out anew for each product, which takes longer than the product of a hundred rows. But it carries the kernel
+along, oneDNN's for blocks that stay in the caches, for its attention on CPU. A weight is laid out for it once,
+
+    packed[block, k // 2, row, k % 2] = weight[block * ROWS + row, k]
+
+and each of PyTorch's threads multiplies its share of the blocks. Threads of our own would have to share the cores with these,
+which wait for their next work without rest.
+"""
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+ROWS = 1024
+"""Of the weight, in a block."""
+STATES = 64
+"""Multiplied at a time. The kernel is compiled anew for each number of them."""
+
+
+class PackedWeight:
+    """A matrix ``[V, H]`` of bfloat16 to multiply by."""
+
+    def __init__(self, weight: Tensor) -> None:
+        """Raises NotImplementedError where this CPU or this PyTorch has no kernel for it."""
+        kernel = _kernel()
+        if kernel is None or not weight.is_cpu or weight.dtype != torch.bfloat16 or weight.shape[1] % 2:
+            raise NotImplementedError(f"no products of {weight.dtype} in float32 with {list(weight.shape)} on {weight.device}")
+        self._kernel = kernel
+        self._size, self._width = weight.shape
+        self._blocks = torch.zeros(-(-self._size // ROWS), self._width // 2, ROWS, dtype=torch.int32)  # pairs of numbers
+        self.write(weight)
+
+    def write(self, weight: Tensor) -> None:
+        """Put another of the same shape in its place."""
+        pairs = weight.detach().contiguous().view(torch.int32)
+        whole = self._size // ROWS
+        self._blocks[:whole] = pairs[: whole * ROWS].view(whole, ROWS, self._width // 2).transpose(1, 2)
+        if rest := self._size % ROWS:
+            self._blocks[whole, :, :rest] = pairs[whole * ROWS :].T
+
+    def product(self, states: Tensor) -> Tensor:
+        """``states @ weight.T``: ``[n, H]`` bfloat16 to ``[n, V]`` float32."""
+        assert states.dtype == torch.bfloat16 and states.shape[1] == self._width
+        states = states.detach().contiguous()
+        logits = torch.empty(len(states), self._size)
+
+        def multiply(thread: int, threads: int) -> None:
+            for block in range(thread, len(self._blocks), threads):
+                row = block * ROWS
+                shape = min(ROWS, self._size - row), self._width, self._width, ROWS, self._size
+                weight = self._blocks[block].data_ptr()
+                for state in range(0, len(states), STATES):
+                    factors = states.data_ptr() + 2 * state * self._width, weight
+                    target = logits.data_ptr() + 4 * (state * self._size + row)
+                    self._kernel.multiply(min(STATES, len(states) - state), *shape, False, *factors, target, True)
+            self._kernel.release(True)
+
+        self._kernel.share(multiply)
+        return logits
+
+
+class _Kernel(NamedTuple):
+    multiply: Callable[..., None]
+    """M, N, K, distances of rows of the three matrices, whether to add, states, weight, logits, whether the weight is packed."""
+    release: Callable[[bool], None]
+    """What a thread holds of the CPU for it."""
+    in_parallel: Callable[..., None]
+    """OpenMP's: a function and its argument, number of threads, flags."""
+    thread_number: Callable[[], int]
+    num_threads: Callable[[], int]
+
+    def share(self, work: Callable[[int, int], None]) -> None:
+        """Run a function of the thread and the number of threads in each of PyTorch's."""
+        errors: list[BaseException] = []
+
+        def run(_: Any) -> None:
+            try:
+                work(self.thread_number(), self.num_threads())
+            except BaseException as error:  # the library that calls could not pass it on
+                errors.append(error)
+
+        self.in_parallel(_FUNCTION(run), None, torch.get_num_threads(), 0)
+        for error in errors:
+            raise error
+
+
+_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@cache
+def _kernel() -> _Kernel | None:
+    if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()) or not torch.backends.mkldnn.enabled:
+        return None
+    try:
+        library: Any = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        multiply = library["_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"]  # at::native::cpublas::brgemm
+        release = library["_ZN2at6native7cpublas14brgemm_releaseEb"]
+        in_parallel, *numbers = (library[name] for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"))
+    except (OSError, AttributeError):
+        return None
+    address = ctypes.c_void_p
+    multiply.argtypes = [ctypes.c_int64] * 6 + [ctypes.c_bool, address, address, address, ctypes.c_bool]
+    release.argtypes = [ctypes.c_bool]
+    in_parallel.argtypes = [_FUNCTION, address, ctypes.c_uint, ctypes.c_uint]
+    multiply.restype = release.restype = in_parallel.restype = None
+    return _Kernel(multiply, release, in_parallel, *numbers)

@@ -1,0 +1,53 @@
+"""Products of bfloat16 matrices on CPU: float32 throughout, of the weight that was written last."""
+
+import pytest
+import torch
+
+from raykd import cpu_products
+from raykd.cpu_products import ROWS, STATES, PackedWeight
+
+
+def matrices(states: int, rows: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(size, width, generator=generator).bfloat16() for size in (states, rows))  # pyright: ignore[reportReturnType]
+
+
+@pytest.fixture(autouse=True)
+def kernel() -> None:
+    if cpu_products._kernel() is None:
+        pytest.skip("this CPU has no products of bfloat16")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("states", [0, 1, 2, STATES, 2 * STATES + 3])
+@pytest.mark.parametrize("rows", [1, 77, ROWS, ROWS + 1, 3 * ROWS - 5])
+def test_it_is_the_product_in_float32(rows: int, states: int, threads: int) -> None:
+    hidden, weight = matrices(states, rows, 48)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = PackedWeight(weight).product(hidden)
+    finally:
+        torch.set_num_threads(before)
+    assert found.dtype == torch.float32 and found.shape == (states, rows)
+    torch.testing.assert_close(found.double(), hidden.double() @ weight.double().T, atol=1e-5, rtol=1e-5)
+
+
+def test_another_weight_takes_the_place_of_the_first_to_its_last_row() -> None:
+    hidden, weight = matrices(3, ROWS + 9, 64)
+    packed = PackedWeight(weight)
+    _, other = matrices(3, ROWS + 9, 64, seed=1)
+    packed.write(other)
+    torch.testing.assert_close(packed.product(hidden), hidden.float() @ other.float().T)
+
+
+def test_strided_matrices_are_read_as_they_are() -> None:
+    hidden, weight = matrices(6, 40, 32)
+    found = PackedWeight(weight[::2, 1:-1]).product(hidden[::3, 1:-1])
+    torch.testing.assert_close(found, hidden[::3, 1:-1].float() @ weight[::2, 1:-1].float().T)
+
+
+@pytest.mark.parametrize("weight", [torch.zeros(4, 8), torch.zeros(4, 7, dtype=torch.bfloat16)], ids=["float32", "odd width"])
+def test_what_it_has_no_kernel_for_is_said(weight: torch.Tensor) -> None:
+    with pytest.raises(NotImplementedError, match="no products of"):
+        PackedWeight(weight)
