@@ -113,13 +113,17 @@ class Head:
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias, packed=None)
 
+    def frozen(self) -> "Head":
+        """To multiply by and not to differentiate: without the weight where it is packed, of which only shape and dtype stay."""
+        return self if self.packed is None else replace(self, weight=self.weight.to("meta"))
+
     def ready(self, vocab_size: int) -> "Head":
         """Cut to the true vocabulary, and such that its products are fast: on a CPU, where those of halves would be rounded to
         halves, packed or else widened; on a GPU with rows beyond the vocabulary that are computed and not looked at. A frozen
         model's is made ready once."""
-        rows = vocab_size + -vocab_size % SIZES[self.weight.device.type].rows
-        if self.packed is not None and len(self.weight) == rows:
+        if self.packed is not None and len(self.weight) == vocab_size:
             return self
+        rows = vocab_size + -vocab_size % SIZES[self.weight.device.type].rows
         head, weight = self.cut(vocab_size), self.weight[:rows]
         if len(weight) < rows:
             weight = pad(weight, (0, 0, 0, rows - len(weight)))

@@ -119,7 +119,7 @@ class Student(nn.Module):
         # DeepSpeed casts every parameter to the student's dtype: a teacher of another one is kept whole.
         sharded = sharded and teacher_head is not None and teacher_head.weight.dtype == dtype
         if teacher_head is not None and not sharded:
-            teacher_head = teacher_head.ready(vocab_size)
+            teacher_head = teacher_head.ready(vocab_size).frozen()
         output = _linear_head(self.model, folder, vocab_size)
         self.output = StudentHead(output, *logit_scale_and_softcap(config), teacher_head, sharded=sharded)
         self._vocab_size, self._chunk, self._compiled = vocab_size, chunk, compiled
