@@ -378,14 +378,16 @@ def table(results: dict[str, Any], dtype: str) -> Table:
 def main() -> None:
     """Measure the named contenders, or all; write them beside those measured before."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("contenders", nargs="*", choices=[*CONTENDERS, []], default=list(CONTENDERS))
+    parser.add_argument("contenders", nargs="*", metavar="contender", help=f"of {', '.join(CONTENDERS)}; all where none is named")
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
     asked = parser.parse_args()
+    if unknown := set(asked.contenders) - set(CONTENDERS):
+        parser.error(f"no contender is named {', '.join(sorted(unknown))}: name some of {', '.join(CONTENDERS)}")
     folder = Path(tempfile.mkdtemp(prefix="raykd-vs-trl-"))
     prepare(folder, asked.dtype)
     RESULTS.parent.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for name in asked.contenders:
+    for name in asked.contenders or CONTENDERS:
         results.setdefault(asked.dtype, {})[name] = measure(name, folder)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     for dtype, found in results.items():

@@ -30,8 +30,8 @@ class PackedWeight:
 
     def __init__(self, weight: Tensor) -> None:
         """Raises NotImplementedError where this CPU or this PyTorch has no kernel for it."""
-        kernel = _kernel()
-        if kernel is None or not weight.is_cpu or weight.dtype != torch.bfloat16 or weight.shape[1] % 2:
+        suits = weight.is_cpu and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
+        if not suits or (kernel := _kernel()) is None:
             raise NotImplementedError(f"no products of {weight.dtype} in float32 with {list(weight.shape)} on {weight.device}")
         self._kernel = kernel
         self._size, self._width = weight.shape
