@@ -40,7 +40,8 @@ class PackedWeight:
 
     def write(self, weight: Tensor) -> None:
         """Put another of the same shape in its place."""
-        pairs = weight.detach().contiguous().view(torch.int32)
+        weight = weight.detach().contiguous()
+        pairs = (weight.clone() if weight.storage_offset() % 2 else weight).view(torch.int32)
         whole = self._size // ROWS
         self._blocks[:whole] = pairs[: whole * ROWS].view(whole, ROWS, self._width // 2).transpose(1, 2)
         if rest := self._size % ROWS:

@@ -346,15 +346,15 @@ class _Gradients(NamedTuple):
     def add(self, rows: slice, slope: Tensor, states: Tensor, weight: Tensor) -> None:
         """Those of some positions, in order: ``slope`` is d loss / d (W h), a column for each row of ``weight``."""
         packed = slope.is_cpu and weight.dtype == torch.bfloat16
-        if self.hidden is not None and packed:  # a whole sum: rounded as autograd would
-            self.hidden[rows] = slope.to(weight.dtype) @ weight
-        elif self.hidden is not None:
-            _add_product(self.hidden[rows], 0, slope, weight)
+        if self.hidden is not None:
+            if packed:  # whole sums: rounded here as they would be by autograd
+                self.hidden[rows] = slope.to(weight.dtype) @ weight
+            else:
+                _add_product(self.hidden[rows], 0, slope, weight)
         if self.weight is not None:
+            total, beta = self.weight[: len(weight)], 0 if rows.start == 0 else 1
             with halves(packed):
-                _add_product(
-                    self.weight[: len(weight)], 0 if rows.start == 0 else 1, slope.T, promote(states) if packed else states
-                )
+                _add_product(total, beta, slope.T, promote(states) if packed else states)
         if self.bias is not None:
             rows_of_both = min(len(self.bias), len(weight))
             self.bias[:rows_of_both] += slope.sum(0, dtype=self.bias.dtype)[:rows_of_both]

@@ -47,6 +47,14 @@ def test_strided_matrices_are_read_as_they_are() -> None:
     torch.testing.assert_close(found, hidden[::3, 1:-1].float() @ weight[::2, 1:-1].float().T)
 
 
+def test_a_weight_may_begin_between_two_pairs() -> None:
+    hidden, weight = matrices(6, 40, 32)
+    memory = torch.zeros(weight.numel() + 1, dtype=torch.bfloat16)
+    shifted = memory[1:].view_as(weight)
+    shifted.copy_(weight)
+    torch.testing.assert_close(PackedWeight(shifted).product(hidden), PackedWeight(weight).product(hidden), atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("weight", [torch.zeros(4, 8), torch.zeros(4, 7, dtype=torch.bfloat16)], ids=["float32", "odd width"])
 def test_what_it_has_no_kernel_for_is_said(weight: torch.Tensor) -> None:
     with pytest.raises(NotImplementedError, match="no products of"):
