@@ -112,7 +112,7 @@ def test_what_others_wrote_is_scored_as_it_is_read(scored, max_tokens):
     wait(engine.inspect(lambda vllm: delattr(vllm.engine_core, "add_request")))
     at_once = min(scored, AT_ONCE if max_tokens else AT_ONCE + 1)
     assert sum("read" in piece for piece in pieces) == 1 + scored - at_once + 1
-    assert wait(engine.inspect(lambda vllm: scores_left(vllm))) == 0
+    assert wait(engine.inspect(scores_left)) == 0
 
 
 def scores_left(vllm) -> int:

@@ -3,7 +3,6 @@
 vLLM casts the whole matrix to float32 for every token: with V = 50,257 most of the time that a small model needs.
 """
 
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -23,7 +22,10 @@ class WideHead:
 
     def __call__(self, lm_head: Any, hidden: Tensor, bias: Tensor | None) -> Tensor:
         """Logits ``[B, V]``."""
-        weight = self._ready(lm_head.weight)
+        weight = self._weight
+        if weight is None or self._stale:
+            weight = self._weight = self._renewed(lm_head.weight)
+            self._stale = False
         logits = weight.product(hidden) if isinstance(weight, PackedWeight) else linear(hidden.float(), weight)
         return logits if bias is None else logits.add_(bias)
 
@@ -31,15 +33,14 @@ class WideHead:
         """The weights have changed."""
         self._stale = True
 
-    def _ready(self, weight: Tensor) -> PackedWeight | Tensor:
-        if isinstance(self._weight, PackedWeight) and self._stale:
+    def _renewed(self, weight: Tensor) -> PackedWeight | Tensor:
+        if isinstance(self._weight, PackedWeight):
             self._weight.write(weight)
-        elif self._weight is None or self._stale:
-            self._weight = weight.float()
-            with suppress(NotImplementedError):
-                self._weight = PackedWeight(weight)
-        self._stale = False
-        return self._weight
+            return self._weight
+        try:
+            return PackedWeight(weight)
+        except NotImplementedError:
+            return weight.float()
 
 
 def widen_head(model: Any, dtype: torch.dtype) -> WideHead | None:
