@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raykd.algorithms.base import Needs
+from raykd.between_nodes import Reader, available
 from raykd.experiment import LearnerConfig, Optimiser, RewardConfig, RolloutConfig, TeacherConfig
 from raykd.records import Rollout
 from raykd.rollout.config import EngineSettings
-from raykd.weights import Bucket, WeightUpdate
+from raykd.weights import Bucket, WeightUpdate, fetched
 
 GATHERING_S = 0.001
 """How long a message to a teacher engine waits for more turns."""
@@ -76,17 +78,26 @@ class RolloutActor(_Replica):
         """UUIDs of the engine's devices, None on CPU."""
         return self._worker.engine.gpus
 
+    async def reads_other_nodes(self) -> bool:
+        return available()
+
     async def load(self, update: WeightUpdate) -> int:
+        if update.remote and update.node != ray.get_runtime_context().get_node_id():
+            update = await asyncio.to_thread(fetched, update, self._reader)
         buckets = [await bucket if isinstance(bucket, ray.ObjectRef) else bucket for bucket in update.buckets]
         return await self._worker.load(replace(update, buckets=tuple(buckets)))
 
     async def sleep(self) -> None:
         await self._worker.sleep()
 
+    @cached_property
+    def _reader(self) -> Reader:
+        return Reader()
+
 
 def within_reach(update: WeightUpdate, nodes: Collection[str]) -> WeightUpdate:
     """The update for replicas on ``nodes``: through Ray's object store if the learner's memory is out of reach of one."""
-    if set(nodes) <= {update.node}:
+    if update.remote or set(nodes) <= {update.node}:
         return update
     there = NodeAffinitySchedulingStrategy(update.node, soft=False)
     read: Any = ray.remote(_read).options(num_cpus=0, num_returns=1 + len(update.buckets), scheduling_strategy=there)
@@ -235,8 +246,16 @@ class LearnerActor:
     def gpu(self) -> str | None:
         return self._learner.gpu
 
+    def node(self) -> str:
+        return ray.get_runtime_context().get_node_id()
+
     def publish_on_gpu(self) -> None:
         self._learner.publish_on_gpu()
+
+    def publish_between_nodes(self) -> None:
+        """Where NIXL is installed."""
+        if available():
+            self._learner.publish_between_nodes()
 
     def free_cache(self) -> None:
         """Give the GPU memory back that is kept for the next step."""

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from raykd.between_nodes import Window
 from raykd.collate import Fetch, LossTerm, MicroBatch, collate, micro_batches
 from raykd.experiment import LearnerConfig, Optimiser
 from raykd.fused import fuse
@@ -144,6 +145,10 @@ class Learner:
         """From now on ``publish`` leaves the weights in this rank's GPU memory, two versions mostly: for readers that are all on
         this GPU."""
         self._shelves = Shelves(self.device)
+
+    def publish_between_nodes(self) -> None:
+        """From now on other nodes can read what ``publish`` leaves in this node's memory, through NIXL."""
+        self._shelves = Shelves(window=Window())
 
     def publish(self, version: int, held: Collection[int] = ()) -> WeightUpdate | None:
         """Copy the weights to memory that this node shares, under their Hugging Face names, tied ones once; all ranks gather,

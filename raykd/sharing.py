@@ -61,7 +61,8 @@ class Segment:
         weakref.finalize(self, os.close, number)
         os.ftruncate(number, size)
         self.size = size
-        self._memory = _array(mmap.mmap(number, size))
+        self.memory = _array(mmap.mmap(number, size))
+        """[size] uint8."""
         self._path, self._inode = f"/proc/{os.getpid()}/fd/{number}", os.fstat(number).st_ino
         self._end = 0
 
@@ -69,11 +70,15 @@ class Segment:
         """What follows is written over what is there."""
         self._end = 0
 
+    def region(self, start: int, size: int) -> Region:
+        """Some of its bytes, for other processes."""
+        return Region(path=self._path, inode=self._inode, start=start, size=size)
+
     def write(self, edition: int, parts: Sequence[np.ndarray], pool: Executor) -> tuple[Region, int]:
         """Copy ``parts``, each ``[bytes]`` uint8, to the ``offsets`` of a new region; returns it and its ``checksum``."""
         *starts, size = offsets(part.size for part in parts)
-        region = Region(path=self._path, inode=self._inode, start=self._end, size=size)
-        memory = self._memory[region.start : region.start + size]
+        region = self.region(self._end, size)
+        memory = self.memory[region.start : region.start + size]
         assert memory.size == size, "the segment is too small"
         memory[:ALIGNMENT].view(np.uint64)[:] = [edition, *[0] * (ALIGNMENT // 8 - 1)]  # first, for those who read still
         pieces = [

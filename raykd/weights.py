@@ -3,6 +3,8 @@
     learner:  update = shelves.publish(version, groups, sizes, held)        a copy in memory that the node or the GPU shares
     rollout:  for bucket in update.buckets: verify(bucket), then for name, tensor in unpack(bucket): load
 
+    rollout on another node: update = fetched(update, reader) first, a copy in the memory of its own node
+
 The driver passes the ``WeightUpdate`` on; it holds places and numbers, never a weight.
 """
 
@@ -10,7 +12,7 @@ import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from raykd.between_nodes import Reader, Remote, Window
 from raykd.gpu_sharing import GpuRegion, GpuSegment
 from raykd.sharing import Region, Segment, checksum, edition, offsets
 
@@ -66,6 +69,8 @@ class WeightUpdate:
     bytes: int
     node: str = ""
     """Ray's name of the node whose memory the buckets lie in."""
+    remote: Remote | None = None
+    """Where other nodes find that memory, if it is shown to them."""
 
 
 def grouped(sizes: Mapping[str, int]) -> list[list[str]]:
@@ -87,8 +92,9 @@ class Shelves:
     A version is written over one that nobody needs any more, where there is such; otherwise to new memory.
     """
 
-    def __init__(self, device: torch.device | None = None) -> None:
-        self._device = device
+    def __init__(self, device: torch.device | None = None, window: Window | None = None) -> None:
+        """``window``: what shows the node's memory to other nodes, if that is wanted."""
+        self._device, self._window = device, window
         self._versions: dict[Segment | GpuSegment, int] = {}
         self._editions = count(1)
 
@@ -108,7 +114,16 @@ class Shelves:
         number = next(self._editions)
         with ThreadPoolExecutor(torch.get_num_threads(), "weights") as pool:
             buckets = tuple(_pack(group, segment, number, pool) for group in groups)
-        return WeightUpdate(version=version, buckets=buckets, bytes=sum(sizes))
+        remote = self._window.show(segment) if self._window and isinstance(segment, Segment) else None
+        return WeightUpdate(version=version, buckets=buckets, bytes=sum(sizes), remote=remote)
+
+
+def fetched(update: WeightUpdate, reader: Reader) -> WeightUpdate:
+    """The update in memory of this node, from that of the learner's; still to be verified."""
+    assert update.remote is not None, "the learner shows its memory to no other node"
+    copy = reader.read(update.remote)
+    buckets = tuple(replace(bucket, place=copy.region(bucket.place.start, bucket.place.size)) for bucket in update.buckets)
+    return replace(update, buckets=buckets, remote=None)
 
 
 def verify(bucket: Bucket) -> None:

@@ -221,14 +221,7 @@ class Workers:
         get([*(actor.ping.remote() for actor in replicas), *ranks], START_DEADLINE_S, "starting the workers")
         if self.rollouts:
             self.rollouts.on_restart = self._reload
-            self._choose_memory(self.rollouts)
-
-    def _choose_memory(self, rollouts: Fleet) -> None:
-        """Published weights stay on the learner's GPU where every replica is on that of rank 0."""
-        rank = self.learner.ranks[0]
-        gpus = {get(rank.gpu.remote(), START_DEADLINE_S, "learner rank 0"), *chain(*rollouts.broadcast("gpus", {}))}
-        if len(gpus) == 1 and None not in gpus:
-            get(rank.publish_on_gpu.remote(), START_DEADLINE_S, "learner rank 0")
+            choose_memory(self.learner.ranks[0], self.rollouts)
 
     def _load(self, update: WeightUpdate | None) -> None:
         """Bring every rollout replica to ``update``."""
@@ -258,6 +251,20 @@ class Workers:
             for rank, rows in enumerate(deal(list(term.rows), len(self.learner.ranks))):
                 per_rank[rank].append(LossTerm(algorithm=term.algorithm, rows=rows, totals=totals, weight=term.weight))
         return per_rank
+
+
+def choose_memory(rank: Any, rollouts: Fleet) -> None:
+    """Weights that learner rank 0 publishes stay on its GPU where every replica is on it. Elsewhere they lie in its node's
+    memory, which is shown to other nodes if there are replicas, and NIXL is installed everywhere."""
+
+    def ask(method: str) -> Any:
+        return get(getattr(rank, method).remote(), START_DEADLINE_S, "learner rank 0")
+
+    gpus = {ask("gpu"), *chain(*rollouts.broadcast("gpus", {}))}
+    if len(gpus) == 1 and None not in gpus:
+        ask("publish_on_gpu")
+    elif {*rollouts.broadcast("ping", {})} != {ask("node")} and all(rollouts.broadcast("reads_other_nodes", {})):
+        ask("publish_between_nodes")
 
 
 def unscored(rollouts: Sequence[Rollout]) -> list[Row]:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "raykd"
 ROWS = (
     ("payloads", "records", "logprobs", "value"),
     ("divergences", "surrogates", "projection", "packing", "fused", "compiled", "cpu_products"),
-    ("algorithms", "prompts", "replay", "sharing", "gpu_sharing", "weights", "tracking", "usage", "experiment"),
+    ("algorithms", "prompts", "replay", "sharing", "gpu_sharing", "between_nodes", "weights", "tracking", "usage", "experiment"),
     ("collate", "rank", "lora", "student", "engine"),
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "planning", "report"),
@@ -30,6 +30,7 @@ HOMES = {
     "deepspeed": {"learner"},
     "wandb": {"tracking"},
     "liger_kernel": {"fused"},
+    "nixl": {"between_nodes"},
     "numba": {"compiled"},
     "llvmlite": {"compiled"},
 }
