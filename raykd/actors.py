@@ -22,8 +22,11 @@ from raykd.between_nodes import Reader, available
 from raykd.experiment import LearnerConfig, Optimiser, RewardConfig, RolloutConfig, TeacherConfig
 from raykd.records import Rollout
 from raykd.rollout.config import EngineSettings
+from raykd.sharing import let_go
 from raykd.weights import Bucket, WeightUpdate, fetched
 
+OBJECT_STORE = "/plasma"
+"""In the path of Ray's shared memory."""
 GATHERING_S = 0.001
 """How long a message to a teacher engine waits for more turns."""
 
@@ -242,6 +245,7 @@ class LearnerActor:
             teacher_head=ray.get(heads[0]) if heads else None,
             fetch=ray.get,
         )
+        let_go(OBJECT_STORE)  # the teacher's head has been copied from there
 
     def gpu(self) -> str | None:
         return self._learner.gpu

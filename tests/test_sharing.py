@@ -1,5 +1,6 @@
 """Memory of one process that others read: every byte, no copy, and gone with its owner."""
 
+import mmap
 import os
 import pickle
 import subprocess
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from raykd import sharing
-from raykd.sharing import ALIGNMENT, PIECE, Region, Segment, checksum, edition, offsets
+from raykd.sharing import ALIGNMENT, PIECE, Region, Segment, checksum, edition, let_go, offsets
 
 ROOT = Path(__file__).parent.parent
 SIZES = [[0], [1], [7, 8, 9, 64, 65], [PIECE - 1, 3, 2 * PIECE + 13]]
@@ -62,6 +63,33 @@ def test_the_memory_is_the_same_at_the_next_writing():
     again, _ = written(segment, parts([100], seed=1), 2)
     assert again == region
     assert edition(data) == 2 and np.array_equal(data[ALIGNMENT : ALIGNMENT + 100], parts([100], seed=1)[0])
+
+
+def resident(name: str) -> int:
+    """Bytes of shared memory with ``name`` in its path that count as this process's."""
+    found, counts = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *others = line.split()
+        if not first.endswith(":"):
+            counts = others[0].endswith("s") and name in line
+        elif first == "Rss:" and counts:
+            found += int(others[0]) * 1024
+    return found
+
+
+def test_memory_that_is_let_go_stays_what_it_is():
+    segment = Segment(PIECE)
+    region, total = written(segment, parts([PIECE // 2]), 1)
+    data = region.open()
+    own = mmap.mmap(os.open(region.path, os.O_RDWR), PIECE, mmap.MAP_PRIVATE)
+    own[:5] = b"mine!"
+    before = resident("/memfd:raykd")
+    assert checksum(data) == total and before >= PIECE // 2
+    let_go("/memfd:another")
+    assert resident("/memfd:raykd") >= before
+    let_go("/memfd:raykd")
+    assert resident("/memfd:raykd") == 0
+    assert checksum(data) == total and own[:5] == b"mine!"
 
 
 OWNER = """
