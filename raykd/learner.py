@@ -142,8 +142,7 @@ class Learner:
         return gpu_uuid(self.device)
 
     def publish_on_gpu(self) -> None:
-        """From now on ``publish`` leaves the weights in this rank's GPU memory, two versions mostly: for readers that are all on
-        this GPU."""
+        """From now on ``publish`` leaves the weights in this rank's GPU memory: for readers that are all on this GPU."""
         self._shelves = Shelves(self.device)
 
     def publish_between_nodes(self) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import ray
 
@@ -65,7 +65,7 @@ class Workers:
             if fleet and sleeps
         ]
         self._update: WeightUpdate | None = None
-        self._loaded: WeightUpdate | None = None
+        self._loaded: ref[WeightUpdate] | None = None
         self._published: WeakSet[WeightUpdate] = WeakSet()
         """Those that somebody may still load."""
         self._learner_version = 0
@@ -183,6 +183,7 @@ class Workers:
         """Where the learner's newest weights lie, None before its first step; the weights do not pass through here."""
         if self.rollouts is not None and self._learner_version != (self._update.version if self._update else 0):
             with self.usage.measured("publish"):
+                self._update = None  # a version that nobody writes by gives its memory to the next
                 held = {update.version for update in self._published}
                 update = self._update = self.learner.all("publish", self._learner_version, held)[0]
                 self._published.add(update)
@@ -226,15 +227,15 @@ class Workers:
     def _load(self, update: WeightUpdate | None) -> None:
         """Bring every rollout replica to ``update``."""
         assert self.rollouts is not None
-        if update is not None and update is not self._loaded:
+        if update is not None and (self._loaded is None or update is not self._loaded()):
             with self.usage.measured("load"):
                 self._broadcast(update)
-            self._loaded = update
+            self._loaded = ref(update)
 
     def _reload(self) -> None:
-        """Replicas that came back have their initial weights."""
-        if self._loaded is not None:
-            self._broadcast(self._loaded)
+        """Replicas that came back have their initial weights. Where nobody writes by the others', they wait for the next."""
+        if self._loaded is not None and (update := self._loaded()) is not None:
+            self._broadcast(update)
 
     def _broadcast(self, update: WeightUpdate) -> None:
         assert self.rollouts is not None

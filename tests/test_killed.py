@@ -17,6 +17,8 @@ from raykd.experiment import Experiment, LearnerConfig, Model, Optimiser, Rollou
 from raykd.prompts import Documents, Pairs, eos_id
 from raykd.records import Rollout, Source
 from raykd.run import connect
+from raykd.sharing import Region
+from raykd.weights import WeightUpdate
 from raykd.workers import Term, Workers, unscored
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
@@ -56,9 +58,15 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     started = Workers(experiment, facts)
     started.begin(Optimiser(learning_rate=1e-3))
     for _ in range(2):
-        started.step([Term(algorithm=SFT(), rows=unscored([Rollout.reference(prompt) for prompt in prompts()[:16]]))], 1e-3)
+        learn(started)
     yield started
     started.close()
+
+
+def learn(workers: Workers) -> None:
+    """A step on data."""
+    rows = unscored([Rollout.reference(prompt) for prompt in prompts()[:16]])
+    workers.step([Term(algorithm=SFT(), rows=rows)], 1e-3)
 
 
 def write(workers: Workers) -> list[Rollout]:
@@ -120,3 +128,21 @@ def test_a_replica_killed_in_the_middle_of_a_mixed_batch_loses_and_doubles_nothi
     assert [r.tokens for r in write(workers)] == [r.tokens for r in undisturbed], "the one that came back helps again"
     versions = [look(actor, lambda self: self._worker.version) for actor in workers.rollouts.actors]
     assert versions == [2, 2]
+
+
+def test_a_version_that_nobody_writes_by_gives_its_memory_to_the_next_and_a_replica_that_came_back_gets_that(workers: Workers):
+    write(workers)
+    before = place(workers.publish())
+    killed: Any = workers.rollouts and workers.rollouts.actors[0]
+    ray.kill(killed, no_restart=False)
+    learn(workers)
+    assert {rollout.version for rollout in write(workers)} == {workers.version} == {3}
+    assert place(workers.publish()) == before
+    wait_until(lambda: is_alive(killed), "the restart")
+    write(workers)
+    assert look(killed, lambda self: self._worker.version) == 3
+
+
+def place(update: WeightUpdate | None) -> Region:
+    assert update is not None
+    return update.buckets[0].place
