@@ -7,7 +7,7 @@ along, oneDNN's for blocks that stay in the caches, for its attention on CPU. A 
     packed[block, k // 2, row, k % 2] = weight[block * ROWS + row, k]
 
 and each of PyTorch's threads multiplies its share of the blocks. Threads of our own would have to share the cores with these,
-which wait for their next work without rest.
+which wait for their next work without rest. A weight's gradient is a sum over positions, made in the same way: ``add_outer``.
 """
 
 import ctypes
@@ -23,6 +23,8 @@ ROWS = 1024
 """Of the weight, in a block."""
 STATES = 64
 """Multiplied at a time. The kernel is compiled anew for each number of them."""
+COLUMNS = 512
+"""Of a weight's gradient, in a block of ``ROWS``."""
 
 
 class PackedWeight:
@@ -68,9 +70,40 @@ class PackedWeight:
         return logits
 
 
+def add_outer(total: Tensor, first: Tensor, second: Tensor, *, beta: int) -> None:
+    """``total = beta total + first.T @ second``: ``[n, V]`` and ``[n, H]`` bfloat16 to ``[V, H]`` float32, beta 0 or 1.
+
+    On CPUs that have a ``PackedWeight``. The rows of ``first`` may lie apart.
+    """
+    kernel = _kernel()
+    assert kernel is not None and total.is_contiguous() and first.stride(1) == 1
+    (num, num_rows), width = first.shape, second.shape[1]
+    if num == 0:
+        if beta == 0:
+            total.zero_()
+        return
+    depth = num + num % 2
+    pairs = torch.zeros(depth // 2, width, 2, dtype=torch.bfloat16)
+    pairs[: num // 2] = second[: num // 2 * 2].view(num // 2, 2, width).transpose(1, 2)
+    pairs[num // 2 :, :, 0] = second[num // 2 * 2 :]
+
+    def multiply(thread: int, threads: int) -> None:
+        block = torch.zeros(ROWS, depth, dtype=torch.bfloat16)
+        for row in range(thread * ROWS, num_rows, threads * ROWS):
+            size = min(ROWS, num_rows - row)
+            block[:size, :num] = first[:, row : row + size].T
+            for column in range(0, width, COLUMNS):
+                shape = size, min(COLUMNS, width - column), depth, depth, width, width
+                factors = block.data_ptr(), pairs.data_ptr() + 4 * column
+                kernel.multiply(*shape, bool(beta), *factors, total.data_ptr() + 4 * (row * width + column), True)
+        kernel.release(True)
+
+    kernel.share(multiply)
+
+
 class _Kernel(NamedTuple):
     multiply: Callable[..., None]
-    """M, N, K, distances of rows of the three matrices, whether to add, states, weight, logits, whether the weight is packed."""
+    """M, N, K, distances of rows of the three matrices, whether to add, the matrices, whether the second lies in pairs."""
     release: Callable[[bool], None]
     """What a thread holds of the CPU for it."""
     in_parallel: Callable[..., None]

@@ -9,14 +9,14 @@ Shapes: N positions, n positions of a chunk, H hidden width, V true vocabulary (
 
 Weights are known beforehand and no position's loss depends on another's, so that a chunk is differentiated as soon as it exists
 and then forgotten: four matrix products, none of them twice. Liger-Kernel's fused losses (arXiv 2410.10989) do so, too. Between
-the products a chunk is taken in tiles, in which autograd differentiates whatever ``reduce`` does. On a CPU a tile's slope takes
-the place of its W h. On a GPU slopes are kept in the dtype of the head, as many as have room where its gradient would be summed
-in float32: mostly all, and then that is one product, rounded once. Memory: W h of a chunk for both models, a few tiles, the
-slopes on a GPU, and the gradients themselves.
+the products a chunk is taken in tiles, in which autograd differentiates whatever ``reduce`` does. Slopes have the dtype of the
+head. On a CPU a tile's takes the place of its W h. On a GPU they are kept, as many as have room where the head's gradient would
+be summed in float32: mostly all, and then that is one product, rounded once. Memory: W h of a chunk for both models, a few tiles,
+the slopes on a GPU, and the gradients themselves.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
-from raykd.cpu_products import PackedWeight
+from raykd.cpu_products import PackedWeight, add_outer
 from raykd.logprobs import can_look, gather, promote
 from raykd.payloads import Probe, Top, compare, unwritten
 
@@ -165,14 +165,16 @@ def weighted_loss(
     rebuilt = unwritten(tokens)
 
     def differentiate(rows: slice, states: Tensor, slope: Tensor | None) -> Tensor:
-        """A chunk's W h; its slope is written to ``slope``, or over it. A function, as ``take``: what it holds ends with it."""
+        """A chunk's slope, written to ``slope``, or over its W h. A function, as ``take``: what it holds ends with it."""
         product = student.product(states)
+        if slope is None:
+            slope = product.view(student.weight.dtype)[:, : product.shape[1]]  # of halves, the first half of each row
         teacher_product = None if teacher_states is None else _product_of(teacher_states, rows, guide, vocab_size)
         for at in _slices(rows.start, rows.stop, max(1, sizes.tile // vocab_size)):
             tile = slice(at.start - rows.start, at.stop - rows.start)
             found, known = _differentiate(
                 product[tile],
-                product[tile] if slope is None else slope[tile],
+                slope[tile],
                 gradients.wanted,
                 compiled,
                 None if teacher_product is None else teacher_product[tile],
@@ -187,7 +189,7 @@ def weighted_loss(
                 totals[name] = totals.get(name, 0.0) + value
             if known:
                 rebuilt.write(at, *known)
-        return product
+        return slope
 
     def take(block: slice) -> None:
         states = hidden[block].to(student.weight.dtype)
@@ -208,19 +210,6 @@ def weighted_loss(
         compare(probe, rebuilt, torch.float32 if isinstance(teacher_states, Top) else teacher_states.dtype)
     gradients = gradients.of_rows(len(head.weight))
     return _Differentiated.apply(totals.pop("loss"), gradients, hidden, head.weight, head.bias), totals
-
-
-@contextmanager
-def halves(wanted: bool) -> Iterator[None]:
-    """On a CPU, float32 matrices are multiplied from their values in bfloat16 and summed in float32: exact where they hold no
-    others, faster where the CPU multiplies bfloat16, as before elsewhere. On CUDA ``mm`` has an argument."""
-    products: Any = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = products.fp32_precision
-    products.fp32_precision = "bf16" if wanted else before
-    try:
-        yield
-    finally:
-        products.fp32_precision = before
 
 
 @torch.no_grad()
@@ -345,16 +334,17 @@ class _Gradients(NamedTuple):
 
     def add(self, rows: slice, slope: Tensor, states: Tensor, weight: Tensor) -> None:
         """Those of some positions, in order: ``slope`` is d loss / d (W h), a column for each row of ``weight``."""
-        packed = slope.is_cpu and weight.dtype == torch.bfloat16
         if self.hidden is not None:
-            if packed:  # whole sums: rounded here as they would be by autograd
-                self.hidden[rows] = slope.to(weight.dtype) @ weight
+            if slope.is_cpu:  # whole sums: of halves, rounded here as they would be by autograd
+                self.hidden[rows] = slope @ weight
             else:
                 _add_product(self.hidden[rows], 0, slope, weight)
         if self.weight is not None:
             total, beta = self.weight[: len(weight)], 0 if rows.start == 0 else 1
-            with halves(packed):
-                _add_product(total, beta, slope.T, promote(states) if packed else states)
+            if slope.is_cpu and slope.dtype == torch.bfloat16:
+                add_outer(total, slope, states, beta=beta)
+            else:
+                _add_product(total, beta, slope.T, states)
         if self.bias is not None:
             rows_of_both = min(len(self.bias), len(weight))
             self.bias[:rows_of_both] += slope.sum(0, dtype=self.bias.dtype)[:rows_of_both]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from raykd import cpu_products
-from raykd.cpu_products import ROWS, STATES, PackedWeight
+from raykd.cpu_products import COLUMNS, ROWS, STATES, PackedWeight, add_outer
 
 
 def matrices(states: int, rows: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,6 +53,26 @@ def test_a_weight_may_begin_between_two_pairs() -> None:
     shifted = memory[1:].view_as(weight)
     shifted.copy_(weight)
     torch.testing.assert_close(PackedWeight(shifted).product(hidden), PackedWeight(weight).product(hidden), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("width", [1, 48, COLUMNS + 2])
+@pytest.mark.parametrize("rows", [1, 77, 2 * ROWS + 5])
+@pytest.mark.parametrize("num", [0, 1, 2, 9, 64])
+def test_outer_products_are_added_in_float32(num: int, rows: int, width: int, threads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randn(num, 2 * size, generator=generator).bfloat16()[:, :size] for size in (rows, width))
+    total = torch.full((rows, width), torch.nan)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        add_outer(total, first, second.contiguous(), beta=0)
+        expected = first.double().T @ second.double()
+        torch.testing.assert_close(total.double(), expected, atol=1e-4, rtol=1e-5)
+        add_outer(total, first, second.contiguous(), beta=1)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(total.double(), 2 * expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("weight", [torch.zeros(4, 8), torch.zeros(4, 7, dtype=torch.bfloat16)], ids=["float32", "odd width"])

@@ -17,7 +17,7 @@ from raykd.algorithms import AKL, GKD, KD, OPD, SFT, Algorithm, DistiLLM, MiniLL
 from raykd.algorithms.token_divergences import AnyDivergence
 from raykd.divergences import reverse_kl
 from raykd.payloads import Probe
-from raykd.projection import SIZES, Head, halves, teacher_probe, weighted_loss
+from raykd.projection import SIZES, Head, teacher_probe, weighted_loss
 
 N, H_STUDENT, H_TEACHER, V, PADDED = 11, 6, 8, 13, 16
 DIVERGENCES = [kind() for kind in get_args(get_args(AnyDivergence)[0])]
@@ -238,23 +238,20 @@ def test_a_second_derivative_is_refused() -> None:
 
 
 def test_bfloat16_is_summed_in_float32_and_rounded_once() -> None:
-    """Many chunks give what one gives, and both what float32 gives, rounded; that of the hidden states comes from rounded
-    slopes where the CPU multiplies bfloat16, as on CUDA."""
+    """Many chunks give what one gives in float32, but for slopes that are rounded where the CPU multiplies bfloat16, as on CUDA,
+    and for the rounding of the sum."""
     case, exact = Case(64, torch.bfloat16, plain=True), Case(64, torch.bfloat16, plain=True)
     exact.head = replace(exact.head, weight=exact.head.weight.detach().float().requires_grad_())
     exact.hidden = exact.hidden.detach().float().requires_grad_()
     loss, sums = case.chunked(GKD(), chunk=1)
     assert loss.dtype == sums["nll"].dtype == torch.float32
-    into_hidden, *others = gradients(loss, case)
-    expected, *others_expected = gradients(exact.chunked(GKD())[0], exact)
-    assert all(got.dtype == torch.bfloat16 for got in (into_hidden, *others))
-    for got, wanted in zip(others, others_expected, strict=True):
-        torch.testing.assert_close(got, wanted.bfloat16(), atol=0, rtol=2**-8)
-    assert float((into_hidden - expected).norm() / expected.norm()) < 2**-8
+    for got, wanted in zip(gradients(loss, case), gradients(exact.chunked(GKD())[0], exact), strict=True):
+        assert got.dtype == torch.bfloat16
+        assert float((got - wanted).norm() / wanted.norm()) < 2**-8
 
 
 class RowsOfTheVocabulary(TorchDispatchMode):
-    """How many rows the tensors [..., V] have that each operation makes."""
+    """How many rows the tensors [..., V] have that each operation makes; views are not made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -262,7 +259,7 @@ class RowsOfTheVocabulary(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        for tensor in () if func.is_view else tree_leaves(made):
             if isinstance(tensor, Tensor) and tensor.ndim == 2 and tensor.shape[1] == V:
                 name = func.overloadpacket.__name__
                 self.rows[name] = max(self.rows.get(name, 0), len(tensor))
@@ -314,15 +311,6 @@ def test_head_keeps_bfloat16_products_in_float32() -> None:
     logits = Head(weight=weight.bfloat16())(hidden.bfloat16())
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, hidden.bfloat16().float() @ weight.bfloat16().float().T)
-
-
-def test_halves_are_multiplied_exactly_and_nothing_else_as_halves() -> None:
-    first, second = (torch.randn(*shape) for shape in ((96, 256), (256, 512)))
-    halved = first.bfloat16().float(), second.bfloat16().float()
-    with halves(True):
-        product = halved[0] @ halved[1]
-    torch.testing.assert_close(product.double(), halved[0].double() @ halved[1].double(), atol=1e-4, rtol=1e-5)
-    torch.testing.assert_close((first @ second).double(), first.double() @ second.double(), atol=1e-4, rtol=1e-5)
 
 
 def test_gradients_of_bfloat16_heads_are_right_to_its_rounding() -> None:
