@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from raykd.fleet import environment
 from raykd.rollout.config import EngineSettings
 from raykd.weights import Shelves, WeightUpdate, grouped
 
@@ -65,10 +66,10 @@ def main() -> None:
     model = LlamaForCausalLM(config).to(torch.bfloat16)
     sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
     num_bytes = sum(sizes.values())
-    ray.init("local", log_to_driver=False)
+    ray.init("local", include_dashboard=False, log_to_driver=False)
     with tempfile.TemporaryDirectory(prefix="raykd-publish-") as folder:
         model.save_pretrained(folder)
-        engine = Engine.remote(folder)
+        engine = Engine.options(runtime_env={"env_vars": environment(THREADS, on_cpu=True)}).remote(folder)
         ray.get(engine.ready.remote())
     source = torch.empty(num_bytes, dtype=torch.uint8)
     target = torch.empty_like(source).fill_(0)

@@ -6,7 +6,8 @@ Student 16M, teacher 53M (random-weight Llamas), GPT-2's tokenizer and vocabular
 128 new tokens each, reverse KL, AdamW. The prompts are of one length, so that nobody computes padding. Checkpoints are float32 or
 bfloat16; then TRL runs with its default ``bf16=True`` and steps bfloat16 weights, ours keeps float32 master weights. Every
 contender is a process of its own, given the same models and prompts; ours is ``run(Experiment)`` with its actors, "compiled" the
-same with ``learner.compiled``, "overlap" also with ``max_staleness`` 1 and one thread an actor. Medians of the steps after the
+same with ``learner.compiled``, "overlap" also with ``max_staleness`` 1 and one thread for the learner and for the engine that
+writes. Medians of the steps after the
 first three. Memory is the high-water mark of resident memory of the process that learns; for ours also the sum over all actors,
 each with its own copy of the libraries (0.5 to 0.9 GB).
 
@@ -86,7 +87,7 @@ def dtype_of(folder: Path) -> str:
 
 
 def raykd(folder: Path, max_staleness: int = 0, threads: int = THREADS, compiled: bool = False) -> dict[str, Any]:
-    """The product's own run."""
+    """The product's own run. ``threads``: of the learner and of the engine that writes."""
     from raykd.algorithms import GKD
     from raykd.algorithms.token_divergences import ReverseKL
     from raykd.experiment import (
@@ -122,7 +123,7 @@ def raykd(folder: Path, max_staleness: int = 0, threads: int = THREADS, compiled
         max_prompt=PROMPT,
         max_response=RESPONSE,
         rollout=RolloutConfig(engine=engine),
-        teachers=TeacherConfig(dtype=dtype, engine=engine, threads=threads),
+        teachers=TeacherConfig(dtype=dtype, engine=engine, threads=THREADS),
         learner=LearnerConfig(dtype=dtype, threads=threads, compiled=compiled),
         evaluation=EvaluationConfig(prompts=0),
         tracking=TrackingConfig(wandb=False),
@@ -144,7 +145,8 @@ def compiled(folder: Path) -> dict[str, Any]:
 
 
 def overlap(folder: Path) -> dict[str, Any]:
-    """The next responses are written while the learner learns; each actor has a thread. Compiled, too."""
+    """The next responses are written while the learner learns, each by a thread; the teacher, whose work comes in bursts, has
+    two. Compiled, too."""
     return raykd(folder, max_staleness=1, threads=1, compiled=True)
 
 

@@ -170,5 +170,5 @@ class Experiment(Value):
     def gpus(self) -> float:
         """GPUs the whole run asks for."""
         teachers = self.num_teachers * self.teachers.gpus
-        gpus = self.rollout.replicas * self.rollout.gpus + teachers + self.learner.ranks * self.learner.gpus
+        gpus = self.num_rollouts * self.rollout.gpus + teachers + self.learner.ranks * self.learner.gpus
         return round(gpus, 4)  # Ray's own precision of the shares of a GPU
