@@ -16,12 +16,8 @@ from numba.extending import intrinsic
 # none and answers with a function of that name.
 ffi.lib._fntab.setdefault("__dict__", {})
 
-TILE = 1024
-"""Words of a row transposed at a time: width x tile words stay in the second-level cache."""
-LANES = 8
-"""Rows interleaved at once."""
-APART = 2
-"""Gap between two such groups in the tile: a power of two as their distance would map them all to the same cache lines."""
+SIDE = 16
+"""Rows and columns transposed at once: 64 bytes of each, a line of the caches."""
 
 
 @njit(nogil=True)
@@ -45,8 +41,7 @@ def interleave(rows, packed, first, begin, end):
     depth, width = rows.shape[1], packed.shape[2]
     if width % 16 != 0 or packed.ctypes.data % 64 != 0 or depth > packed.shape[1]:
         raise ValueError("the packed matrix begins between two lines of the caches, or has other sizes")
-    groups = width // LANES
-    tile = np.empty((groups, TILE + APART, LANES), dtype=np.uint32)
+    whole = depth // SIDE * SIDE
     for block in range(begin, end):
         top = block * width - first
         if top < 0 or top + width > len(rows):  # a block of which rows are missing
@@ -54,43 +49,47 @@ def interleave(rows, packed, first, begin, end):
                 for k in range(depth):
                     packed[block, k, row - top] = rows[row, k]
             continue
-        for left in range(0, depth, TILE):
-            length = min(TILE, depth - left)
-            for group in range(groups):
-                _zip(rows[top + group * LANES : top + (group + 1) * LANES, left : left + length], tile[group])
-            for k in range(length):
-                target = np.uint64(packed[block, left + k].ctypes.data)
-                for group in range(0, groups, 2):
-                    halves = tile[group, k].ctypes.data, tile[group + 1, k].ctypes.data
-                    line = target + np.uint64(4 * LANES * group)
-                    _stream(line, np.uint64(halves[0]), np.uint64(halves[1]))  # pyright: ignore[reportCallIssue]
-
-
-@njit(nogil=True)
-def _zip(rows, tile):
-    """``tile[k, lane] = rows[lane, k]``, written out such that it becomes vector instructions."""
-    a, b, c, d, e, f, g, h = rows[0], rows[1], rows[2], rows[3], rows[4], rows[5], rows[6], rows[7]
-    for k in range(rows.shape[1]):
-        tile[k, 0], tile[k, 1], tile[k, 2], tile[k, 3] = a[k], b[k], c[k], d[k]
-        tile[k, 4], tile[k, 5], tile[k, 6], tile[k, 7] = e[k], f[k], g[k], h[k]
+        for row in range(0, width, SIDE):
+            for k in range(0, whole, SIDE):
+                source, target = rows[top + row, k:].ctypes.data, packed[block, k, row:].ctypes.data
+                _transpose(source, rows.strides[0], target, 4 * width)  # pyright: ignore[reportCallIssue]
+        for k in range(whole, depth):
+            for row in range(width):
+                packed[block, k, row] = rows[top + row, k]
 
 
 @intrinsic
-def _stream(typing: Any, target: Any, first: Any, second: Any) -> Any:
-    """Store the 32 bytes at each of two addresses at a third, a multiple of 64, past the caches.
+def _transpose(typing: Any, source: Any, source_step: Any, target: Any, target_step: Any) -> Any:
+    """Write 16 x 16 words to the address ``target``, a multiple of 64, as columns what are rows at ``source``; steps, from row to
+    row, are in bytes. Past the caches: an ordinary store reads its line of memory before it writes it.
 
-    An ordinary store reads its line of memory before it writes it, which makes up two fifths of the time. Other threads see the
-    bytes at the latest when this one gives back a lock.
+    Stage by stage, the words that stand apart by 1, 2, 4 and 8 rows and columns change places. Other threads see the bytes at the
+    latest when this one gives back a lock.
     """
 
-    def generate(context: Any, builder: ir.IRBuilder, signature: Any, addresses: Any) -> Any:
-        half, line = ir.VectorType(ir.IntType(64), 4), ir.VectorType(ir.IntType(64), 8)
-        kinds = zip(addresses, (line, half, half), strict=True)
-        to, *halves = (builder.inttoptr(address, kind.as_pointer()) for address, kind in kinds)
-        order = ir.Constant(ir.VectorType(ir.IntType(32), 8), list(range(8)))
-        first_half, second_half = (builder.load(half, align=4) for half in halves)
-        store = builder.store(builder.shuffle_vector(first_half, second_half, order), to, align=64)
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+    def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        line = ir.VectorType(ir.IntType(32), SIDE)
+        kinds = signature.args
+        first, step, to, to_step = (
+            context.cast(builder, argument, kind, types.uintp) for argument, kind in zip(arguments, kinds, strict=True)
+        )
+
+        def place(start: Any, distance: Any, number: int) -> Any:
+            offset = builder.mul(distance, ir.Constant(distance.type, number))
+            return builder.inttoptr(builder.add(start, offset), line.as_pointer())
+
+        def mixed(one: Any, other: Any, lanes: list[int]) -> Any:
+            return builder.shuffle_vector(one, other, ir.Constant(ir.VectorType(ir.IntType(32), SIDE), lanes))
+
+        rows = [builder.load(place(first, step, number), align=4) for number in range(SIDE)]
+        for apart in (1, 2, 4, 8):
+            for low in (number for number in range(SIDE) if not number & apart):
+                one, other = rows[low], rows[low | apart]
+                rows[low] = mixed(one, other, [lane + (SIDE - apart if lane & apart else 0) for lane in range(SIDE)])
+                rows[low | apart] = mixed(one, other, [lane + (SIDE if lane & apart else apart) for lane in range(SIDE)])
+        past_caches = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        for number, row in enumerate(rows):
+            builder.store(row, place(to, to_step, number), align=64).set_metadata("nontemporal", past_caches)
         return context.get_dummy_value()
 
-    return types.void(types.uintp, types.uintp, types.uintp), generate
+    return types.void(source, source_step, target, target_step), generate
