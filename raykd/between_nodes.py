@@ -54,12 +54,13 @@ class Reader:
 
     def __init__(self, deadline_s: float = DEADLINE_S) -> None:
         self._deadline_s = deadline_s
-        self._agent = _Agent(serves=False)
+        self._agent: _Agent | None = None
         self._copy: Segment | None = None
 
     def read(self, remote: Remote) -> Segment:
         """The whole segment. Raises ConnectionError where it cannot be read, or not in time."""
-        if self._copy is None or self._copy.size < remote.size:
+        if self._agent is None or self._copy is None or self._copy.size < remote.size:
+            self._agent = _Agent(serves=False)  # first: with it goes the one before, which knows memory that goes next
             self._copy = Segment(remote.size)
             self._agent.register(self._copy)
         try:
