@@ -11,6 +11,8 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +42,7 @@ class Learner:
         """Four tensors to a bucket, as large as those of a run."""
         groups = (self._tensors[first : first + 4] for first in range(0, len(self._tensors), 4))
         update = self._shelves.publish(version, groups, [tensor.nbytes for _, tensor in self._tensors])
-        node = ray.get_runtime_context().get_node_id()
-        return WeightUpdate(version=version, buckets=update.buckets, bytes=update.bytes, node=node, remote=update.remote)
+        return replace(update, node=ray.get_runtime_context().get_node_id())
 
 
 class Replica:
@@ -78,21 +79,19 @@ def main() -> None:
     ray.init(cluster.address, log_to_driver=False, runtime_env={"env_vars": OVER_TCP})
     learner = ray.remote(Learner).options(num_cpus=0, resources={"learner": 1}).remote(mib)
     replica = ray.remote(Replica).options(num_cpus=0, resources={"replica": 1}).remote()
-    seconds: dict[str, list[float]] = {"read by NIXL": [], "carried by Ray's object store": []}
+    ways: dict[str, Callable[[WeightUpdate], Any]] = {
+        "read by NIXL": lambda update: replica.read.remote(update),
+        "carried by Ray's object store": lambda update: replica.carried.remote(within_reach(replace(update, remote=None), [""])),
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
     num_bytes = 0
     for version in range(REPEATS + 1):
-        for way, values in seconds.items():
+        for way, begin in ways.items():
             update: Any = ray.get(learner.publish.remote(version))
             num_bytes = update.bytes
             started = time.perf_counter()
-            if way == "read by NIXL":
-                ray.get(replica.read.remote(update))
-            else:
-                carried = within_reach(
-                    WeightUpdate(version=version, buckets=update.buckets, bytes=num_bytes, node=update.node), [""]
-                )
-                ray.get(replica.carried.remote(carried))
-            values.append(time.perf_counter() - started)
+            ray.get(begin(update))
+            seconds[way].append(time.perf_counter() - started)
     medians = {way: statistics.median(values[1:]) for way, values in seconds.items()}
     table = Table("way", "seconds", "GB/s", title=f"{num_bytes / 2**30:.2f} GiB, loopback")
     for way, value in medians.items():

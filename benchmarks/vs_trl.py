@@ -7,9 +7,8 @@ Student 16M, teacher 53M (random-weight Llamas), GPT-2's tokenizer and vocabular
 bfloat16; then TRL runs with its default ``bf16=True`` and steps bfloat16 weights, ours keeps float32 master weights. Every
 contender is a process of its own, given the same models and prompts; ours is ``run(Experiment)`` with its actors, "compiled" the
 same with ``learner.compiled``, "overlap" also with ``max_staleness`` 1 and one thread for the learner and for the engine that
-writes. Medians of the steps after the
-first three. Memory is the high-water mark of resident memory of the process that learns; for ours also the sum over all actors,
-each with its own copy of the libraries (0.5 to 0.9 GB).
+writes. Medians of the steps after the first three. Memory is the high-water mark of resident memory of the process that learns;
+for ours also the sum over all actors, each with its own copy of the libraries (0.5 to 0.9 GB).
 
 "check": all three give the same loss and gradient on the same samples of unequal length; in bfloat16 they are compared with what
 ours computes from the same weights in float32. "floor": the matrix products of a

@@ -85,7 +85,7 @@ class RolloutActor(_Replica):
         return available()
 
     async def load(self, update: WeightUpdate) -> int:
-        if update.remote and update.node != ray.get_runtime_context().get_node_id():
+        if update.remote and update.node != await self.ping():
             update = await asyncio.to_thread(fetched, update, self._reader)
         buckets = [await bucket if isinstance(bucket, ray.ObjectRef) else bucket for bucket in update.buckets]
         return await self._worker.load(replace(update, buckets=tuple(buckets)))
@@ -276,7 +276,7 @@ class LearnerActor:
 
     def publish(self, version: int, held: Collection[int]) -> WeightUpdate | None:
         update = self._learner.publish(version, held)
-        return update and replace(update, node=ray.get_runtime_context().get_node_id())
+        return update and replace(update, node=self.node())
 
     def save(self, folder: Path) -> None:
         self._learner.save(folder)

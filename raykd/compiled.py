@@ -69,10 +69,8 @@ def _transpose(typing: Any, source: Any, source_step: Any, target: Any, target_s
 
     def generate(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         line = ir.VectorType(ir.IntType(32), SIDE)
-        kinds = signature.args
-        first, step, to, to_step = (
-            context.cast(builder, argument, kind, types.uintp) for argument, kind in zip(arguments, kinds, strict=True)
-        )
+        kinds = zip(arguments, signature.args, strict=True)
+        first, step, to, to_step = (context.cast(builder, argument, kind, types.uintp) for argument, kind in kinds)
 
         def place(start: Any, distance: Any, number: int) -> Any:
             offset = builder.mul(distance, ir.Constant(distance.type, number))

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 ROWS = 1024
 """Of the weight, in a block."""
@@ -64,7 +65,6 @@ class PackedWeight:
                     factors = states.data_ptr() + 2 * state * self._width, weight
                     target = logits.data_ptr() + 4 * (state * self._size + row)
                     self._kernel.multiply(min(STATES, len(states) - state), *shape, False, *factors, target, True)
-            self._kernel.release(True)
 
         self._kernel.share(multiply)
         return logits
@@ -83,9 +83,7 @@ def add_outer(total: Tensor, first: Tensor, second: Tensor, *, beta: int) -> Non
             total.zero_()
         return
     depth = num + num % 2
-    pairs = torch.zeros(depth // 2, width, 2, dtype=torch.bfloat16)
-    pairs[: num // 2] = second[: num // 2 * 2].view(num // 2, 2, width).transpose(1, 2)
-    pairs[num // 2 :, :, 0] = second[num // 2 * 2 :]
+    pairs = pad(second, (0, 0, 0, depth - num)).unflatten(0, (-1, 2)).transpose(1, 2).contiguous()
 
     def multiply(thread: int, threads: int) -> None:
         block = torch.zeros(ROWS, depth, dtype=torch.bfloat16)
@@ -96,7 +94,6 @@ def add_outer(total: Tensor, first: Tensor, second: Tensor, *, beta: int) -> Non
                 shape = size, min(COLUMNS, width - column), depth, depth, width, width
                 factors = block.data_ptr(), pairs.data_ptr() + 4 * column
                 kernel.multiply(*shape, bool(beta), *factors, total.data_ptr() + 4 * (row * width + column), True)
-        kernel.release(True)
 
     kernel.share(multiply)
 
@@ -118,6 +115,7 @@ class _Kernel(NamedTuple):
         def run(_: Any) -> None:
             try:
                 work(self.thread_number(), self.num_threads())
+                self.release(True)
             except BaseException as error:  # the library that calls could not pass it on
                 errors.append(error)
 

@@ -341,10 +341,7 @@ class _Gradients(NamedTuple):
                 _add_product(self.hidden[rows], 0, slope, weight)
         if self.weight is not None:
             total, beta = self.weight[: len(weight)], 0 if rows.start == 0 else 1
-            if slope.is_cpu and slope.dtype == torch.bfloat16:
-                add_outer(total, slope, states, beta=beta)
-            else:
-                _add_product(total, beta, slope.T, states)
+            _add_product(total, beta, slope.T, states)
         if self.bias is not None:
             rows_of_both = min(len(self.bias), len(weight))
             self.bias[:rows_of_both] += slope.sum(0, dtype=self.bias.dtype)[:rows_of_both]
@@ -396,14 +393,13 @@ def _product(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _add_product(total: Tensor, beta: int, first: Tensor, second: Tensor) -> None:
-    """total = beta total + first @ second, without a temporary where that can be."""
+    """total = beta total + first @ second, without a temporary; beta is 0 or 1."""
     if first.dtype == total.dtype:
         total.addmm_(first, second, beta=beta)
     elif first.is_cuda:
         torch.addmm(total, first, second, beta=beta, out_dtype=total.dtype, out=total)
-    else:
-        product = _product(first, second)
-        total.copy_(product if beta == 0 else total + product)
+    else:  # of halves
+        add_outer(total, first.T, second, beta=beta)
 
 
 def _positions(states: Tensor, vocab_size: int, most: int | None = None) -> int:

@@ -1,7 +1,7 @@
 """All workers of a run behind the verbs of the loop: generate, score, step, evaluate, publish. Starts and closes them."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
@@ -65,7 +65,7 @@ class Workers:
             if fleet and sleeps
         ]
         self._update: WeightUpdate | None = None
-        self._loaded: ref[WeightUpdate] | None = None
+        self._loaded: Callable[[], WeightUpdate | None] = lambda: None
         self._published: WeakSet[WeightUpdate] = WeakSet()
         """Those that somebody may still load."""
         self._learner_version = 0
@@ -227,14 +227,14 @@ class Workers:
     def _load(self, update: WeightUpdate | None) -> None:
         """Bring every rollout replica to ``update``."""
         assert self.rollouts is not None
-        if update is not None and (self._loaded is None or update is not self._loaded()):
+        if update is not None and update is not self._loaded():
             with self.usage.measured("load"):
                 self._broadcast(update)
             self._loaded = ref(update)
 
     def _reload(self) -> None:
         """Replicas that came back have their initial weights. Where nobody writes by the others', they wait for the next."""
-        if self._loaded is not None and (update := self._loaded()) is not None:
+        if (update := self._loaded()) is not None:
             self._broadcast(update)
 
     def _broadcast(self, update: WeightUpdate) -> None:

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.skipif(not available(), reason="needs NIXL")
 
 DEADLINE_S = 60.0
 OVER_TCP = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo"}
+"""For nodes that are one machine."""
 
 
 def own(requests: Any, answers: Any) -> None:

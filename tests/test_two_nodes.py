@@ -10,8 +10,8 @@ import pytest
 import ray
 import torch
 from ray.cluster_utils import Cluster
-from rollout_stack import chosen_logprobs, reference
-from transformers import LlamaConfig, LlamaForCausalLM
+from rollout_stack import chosen_logprobs, eos_of, folder, perturbed, reference
+from test_between_nodes import OVER_TCP
 
 from raykd import between_nodes
 from raykd.actors import LearnerActor, ModelFacts, RolloutActor, within_reach
@@ -33,8 +33,7 @@ def cluster() -> Iterator[Cluster]:
     started.add_node(num_cpus=1, resources={"second": 1})
     here = Path(__file__).parent
     paths = {"PYTHONPATH": os.pathsep.join([str(here), str(here.parent)])}  # workers of a cluster do not know the driver's
-    over_tcp = {"UCX_TLS": "tcp,self", "UCX_NET_DEVICES": "lo"}  # both nodes are on this machine
-    ray.init(started.address, log_to_driver=False, runtime_env={"env_vars": paths | over_tcp})
+    ray.init(started.address, log_to_driver=False, runtime_env={"env_vars": paths | OVER_TCP})
     yield started
     ray.shutdown()
     started.shutdown()
@@ -85,9 +84,11 @@ def test_a_replica_of_another_node_gets_the_weights_through_the_object_store(clu
 
 @pytest.mark.skipif(not between_nodes.available(), reason="needs NIXL")
 def test_engines_of_both_nodes_load_what_a_learner_has_on_one(cluster: Cluster, tmp_path: Path):
-    theirs, new = (saved(tmp_path, seed) for seed in (1, 2))
-    facts = ModelFacts(student=theirs, teacher=None, vocab_size=512, eos_ids=(2,), max_length=64, seed=0)
-    learner = on("second", LearnerActor, LearnerConfig(dtype="float32"), replace(facts, student=new), 0)
+    theirs = folder("teacher")
+    new = perturbed(reference(theirs), seed=0)
+    new.save_pretrained(tmp_path)
+    facts = ModelFacts(student=theirs, teacher=None, vocab_size=512, eos_ids=eos_of(theirs), max_length=64, seed=0)
+    learner = on("second", LearnerActor, LearnerConfig(dtype="float32"), replace(facts, student=str(tmp_path)), 0)
     engine = EngineConfig(dtype="float32", cpu_cache_gib=0.1)
     replicas = [on(node, RolloutActor, RolloutConfig(engine=engine), facts) for node in ("first", "second")]
     address = ray.get(learner.address.remote(), timeout=DEADLINE_S)
@@ -102,22 +103,7 @@ def test_engines_of_both_nodes_load_what_a_learner_has_on_one(cluster: Cluster, 
     requests = [GenerationRequest(prompt_id="a", sample=0, prompt_tokens=(1, 2, 3), salt=0)]
     call = {"requests": requests, "teacher_share": 0.0, "max_tokens": 20, "teachers": []}
     (far,), (near,) = fleet.broadcast("generate", call)
-    expected = chosen_logprobs(reference(new), [1, 2, 3, *far.tokens], 3)
+    expected = chosen_logprobs(new, [1, 2, 3, *far.tokens], 3)
     for rollout in (far, near):
         assert (rollout.version, rollout.tokens) == (2, far.tokens)
         assert torch.allclose(torch.tensor(rollout.student_logprobs), expected, atol=1e-4)
-
-
-def saved(tmp_path: Path, seed: int) -> str:
-    """A small random Llama."""
-    torch.manual_seed(seed)
-    sizes: dict[str, Any] = {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    model = LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2, initializer_range=0.15))
-    model.save_pretrained(tmp_path / str(seed))
-    return str(tmp_path / str(seed))

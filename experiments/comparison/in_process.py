@@ -88,7 +88,7 @@ class InProcess(Workers):
         self.rollouts: Any = Only(Writer(facts)) if teacher else None
         self.replay: Any = ReplayBuffer(experiment.seed)
         self._sleepers = []
-        self._update = self._loaded = None
+        self._update, self._loaded = None, lambda: None
         self._published = WeakSet()
         self._learner_version = 0
         self.usage = Usage(("learner",), clock=time.process_time)
