@@ -10,16 +10,16 @@ Shapes: N positions, n positions of a chunk, H hidden width, V true vocabulary (
 Weights are known beforehand and no position's loss depends on another's, so that a chunk is differentiated as soon as it exists
 and then forgotten: four matrix products, none of them twice. Liger-Kernel's fused losses (arXiv 2410.10989) do so, too. Between
 the products a chunk is taken in tiles, in which autograd differentiates whatever ``reduce`` does. Slopes have the dtype of the
-head. On a CPU a tile's takes the place of its W h. On a GPU they are kept, as many as have room where the head's gradient would
-be summed in float32: mostly all, and then that is one product, rounded once. Memory: W h of a chunk for both models, a few tiles,
-the slopes on a GPU, and the gradients themselves.
+head. On a CPU a tile's takes the place of its W h; on a GPU those of a few chunks are multiplied together. Memory: W h of a chunk
+for both models, a few tiles or slopes, and the gradients themselves, which are sums over chunks and rounded once: in float32, on
+a GPU in three bytes a number.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
 from raykd.cpu_products import PackedWeight, add_outer
+from raykd.gpu_products import Sum, scale_
 from raykd.logprobs import can_look, gather, promote
 from raykd.payloads import Probe, Top, compare, unwritten
 
@@ -46,24 +47,25 @@ class Sizes:
     """A chunk has at least so many, and a multiple of them."""
     tile: int
     """Most logits that are reduced at a time."""
-    rows: int
-    """A head's are made a multiple of these."""
-    slopes_kept: bool
-    """Whether those of several chunks are multiplied together."""
+    columns: int
+    """Rows of W h begin at multiples of so many numbers, and so many are computed at least."""
+    together: int
+    """Chunks whose slopes are multiplied together; 0: each, in the place of its W h."""
 
 
 SIZES = {
     # Chunks of 30 MiB, 156 positions at V = 50,257: what is larger than 32 MiB the C library gives back to the system at once,
     # and getting it again page by page takes longer than computing on it. Tiles of 4 MiB: the many passes between logits and
     # slope stay in the caches.
-    "cpu": Sizes(chunk=15 * 2**19, positions=1, tile=2**20, rows=1, slopes_kept=False),
-    # With fewer positions the head is read for longer than it is multiplied. A head of an odd number of rows takes seven times as
-    # long as one of a few rows more.
-    "cuda": Sizes(chunk=2**25, positions=256, tile=2**62, rows=64, slopes_kept=True),
+    "cpu": Sizes(chunk=15 * 2**19, positions=1, tile=2**20, columns=1, together=0),
+    # Of bfloat16, a twentieth of the memory of all at once. With fewer positions the heads are read for longer than they are
+    # multiplied, and so are the sums of gradients with fewer of them together. Products of odd sizes take seven times as long.
+    "cuda": Sizes(chunk=2**23, positions=256, tile=2**62, columns=64, together=3),
 }
 
-RECOMPUTE: dict[str, Any] = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
-"""To torch.compile on a GPU: log-probs are computed from W h wherever they are looked at, rather than written and read again."""
+RECOMPUTE: dict[str, Any] = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200, "split_reductions": False}
+"""To torch.compile on a GPU: log-probs are computed from W h wherever they are looked at, rather than written and read again, and
+a row by one block of threads, since there are enough rows."""
 PROGRAMS = 64
 """Compiled ones that are kept: an algorithm has several, with and without gradient, for the first tile of a chunk and others."""
 
@@ -80,21 +82,29 @@ class Head:
     softcap: float | None = None
     packed: PackedWeight | None = None
     """The same weight as a CPU multiplies by bfloat16."""
-    vocab_size: int | None = None
-    """Rows of the weight that make logits; all where it is None."""
+    tail: Tensor | None = None
+    """Its last rows, and zeros, as a GPU multiplies by them where V is odd."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[n, H] -> [n, V]``."""
         return self.logits(self.product(hidden))
 
     def product(self, hidden: Tensor) -> Tensor:
-        """W h, of every row. That of halves is kept in float32: a bfloat16 logit near 16 would be off by up to 0.06."""
+        """W h. That of halves is kept in float32: a bfloat16 logit near 16 would be off by up to 0.06."""
         hidden = hidden.to(self.weight.dtype)
-        return _product(hidden, self.weight.T) if self.packed is None else self.packed.product(hidden)
+        if self.packed is not None:
+            return self.packed.product(hidden)
+        if self.tail is None:
+            return _product(hidden, self.weight.T)
+        size, whole = len(self.weight), len(self.weight) - len(self.weight) % len(self.tail)
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        product = hidden.new_empty(len(hidden), whole + len(self.tail), dtype=dtype)
+        _product(hidden, self.weight[:whole].T, product[:, :whole])
+        _product(hidden, self.tail.T, product[:, whole:])
+        return product[:, :size]
 
     def logits(self, product: Tensor) -> Tensor:
         """Bias, scale and soft-cap; ``[n, V]``, the product's own memory where there are none."""
-        product = product[:, : self.vocab_size]
         logits = product if self.bias is None else product + self.bias.to(product.dtype)
         logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -106,12 +116,12 @@ class Head:
                 f"the head has {len(self.weight)} rows but the tokenizer {vocab_size} tokens: it is another model's head"
             )
         bias = None if self.bias is None else self.bias[:vocab_size]
-        return replace(self, weight=self.weight[:vocab_size], bias=bias, packed=None)
+        return replace(self, weight=self.weight[:vocab_size], bias=bias, packed=None, tail=None)
 
     def to(self, device: torch.device) -> "Head":
         """The same on another device."""
         bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias, packed=None)
+        return replace(self, weight=self.weight.to(device), bias=bias, packed=None, tail=None)
 
     def frozen(self) -> "Head":
         """To multiply by and not to differentiate: without the weight where it is packed, of which only shape and dtype stay."""
@@ -119,17 +129,16 @@ class Head:
 
     def ready(self, vocab_size: int) -> "Head":
         """Cut to the true vocabulary, and such that its products are fast: on a CPU, where those of halves would be rounded to
-        halves, packed or else widened; on a GPU with rows beyond the vocabulary that are computed and not looked at. A frozen
-        model's is made ready once."""
+        halves, packed or else widened. A frozen model's is made ready once."""
         if self.packed is not None and len(self.weight) == vocab_size:
             return self
-        rows = vocab_size + -vocab_size % SIZES[self.weight.device.type].rows
-        head, weight = self.cut(vocab_size), self.weight[:rows]
-        if len(weight) < rows:
-            weight = pad(weight, (0, 0, 0, rows - len(weight)))
+        head = self.cut(vocab_size)
         with suppress(NotImplementedError):
-            return replace(head, weight=weight, vocab_size=vocab_size, packed=PackedWeight(weight))
-        return replace(head, weight=promote(weight) if weight.is_cpu else weight, vocab_size=vocab_size)
+            return replace(head, packed=PackedWeight(head.weight))
+        weight = promote(head.weight) if head.weight.is_cpu else head.weight
+        columns = SIZES[weight.device.type].columns
+        rest = vocab_size % columns
+        return replace(head, weight=weight, tail=pad(weight[-rest:], (0, 0, 0, columns - rest)) if rest else None)
 
 
 def weighted_loss(
@@ -157,10 +166,9 @@ def weighted_loss(
     with torch.no_grad():
         student = head.ready(vocab_size)
         guide = None if teacher_head is None else teacher_head.ready(vocab_size)
-    sizes = SIZES[hidden.device.type]
-    size = _positions(hidden, vocab_size, chunk)
-    together = _positions_together(size, student.weight) if sizes.slopes_kept else size
-    gradients = _Gradients.of(hidden, head, student, summed=len(tokens) > together)
+    sizes, size = SIZES[hidden.device.type], _positions(hidden, vocab_size, chunk)
+    together = size * max(1, sizes.together)
+    gradients = _Gradients.of(hidden, head, vocab_size, summed=len(tokens) > together or student.tail is not None)
     totals: dict[str, Tensor] = {}
     rebuilt = unwritten(tokens)
 
@@ -168,7 +176,7 @@ def weighted_loss(
         """A chunk's slope, written to ``slope``, or over its W h. A function, as ``take``: what it holds ends with it."""
         product = student.product(states)
         if slope is None:
-            slope = product.view(student.weight.dtype)[:, : product.shape[1]]  # of halves, the first half of each row
+            slope = product.view(student.weight.dtype)[:, :vocab_size]  # of halves, the first half of each row
         teacher_product = None if teacher_states is None else _product_of(teacher_states, rows, guide, vocab_size)
         for at in _slices(rows.start, rows.stop, max(1, sizes.tile // vocab_size)):
             tile = slice(at.start - rows.start, at.stop - rows.start)
@@ -193,23 +201,24 @@ def weighted_loss(
 
     def take(block: slice) -> None:
         states = hidden[block].to(student.weight.dtype)
-        if not sizes.slopes_kept:
+        if not sizes.together:
             slope = differentiate(block, states, None)
         else:
-            slope = states.new_empty(len(states) if gradients.wanted else 0, len(student.weight))
+            columns = vocab_size + -vocab_size % sizes.columns
+            slope = states.new_empty(len(states) if gradients.wanted else 0, columns)[:, :vocab_size]
             for rows in _slices(block.start, block.stop, size):
                 own = slice(rows.start - block.start, rows.stop - block.start)
                 differentiate(rows, states[own], slope[own])
         if gradients.wanted:
-            gradients.add(block, slope, states, student.weight)
+            gradients.add(block, slope, states, student, ends=block.stop == len(tokens))
 
     with torch.no_grad():
         for block in _slices(0, len(tokens), together):
             take(block)
     if probe is not None and teacher_states is not None:
         compare(probe, rebuilt, torch.float32 if isinstance(teacher_states, Top) else teacher_states.dtype)
-    gradients = gradients.of_rows(len(head.weight))
-    return _Differentiated.apply(totals.pop("loss"), gradients, hidden, head.weight, head.bias), totals
+    known = gradients.hidden, gradients.weight, gradients.bias
+    return _Differentiated.apply(totals.pop("loss"), known, hidden, head.weight, head.bias), totals
 
 
 @torch.no_grad()
@@ -258,11 +267,14 @@ def _sums(
 
 
 def _differentiate(product: Tensor, slope: Tensor, wanted: bool, compiled: bool, *tile: Any) -> Found:
-    """What a tile gives; d loss / d (W h) is written to ``slope``, which may be W h itself, where it is wanted."""
+    """What a tile gives; d loss / d (W h) is written to ``slope``, on a CPU W h itself, where it is wanted."""
+    kind = product.device.type
     if not wanted:
-        return (_compiled(_sums, product.device.type) if compiled else _sums)(product, *tile)[1]
+        return (_compiled(_sums, kind) if compiled else _sums)(product, *tile)[1]
+    if compiled and product.is_cuda:
+        return _compiled(_write_gradient, kind)(product, slope, *tile)
     if compiled:
-        gradient, found = _compiled(_gradient_and_sums, product.device.type)(product, slope.dtype, *tile)
+        gradient, found = _compiled(_gradient_and_sums, kind)(product, slope.dtype, *tile)
     else:
         with torch.enable_grad():
             loss, found = _sums(product.requires_grad_(), *tile)
@@ -275,6 +287,13 @@ def _gradient_and_sums(product: Tensor, dtype: torch.dtype, *tile: Any) -> tuple
     """The same as a function of tensors alone, which becomes one program."""
     gradient, found = torch.func.grad(_sums, has_aux=True)(product, *tile)
     return gradient.to(dtype), found
+
+
+def _write_gradient(product: Tensor, slope: Tensor, *tile: Any) -> Found:
+    """One that writes to other memory than its arguments'."""
+    gradient, found = _gradient_and_sums(product, slope.dtype, *tile)
+    slope.copy_(gradient)
+    return found
 
 
 @cache
@@ -294,64 +313,69 @@ def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     return of_any_height
 
 
-class _Gradients(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Gradients:
     """Of what is learned; None of what is not."""
 
     hidden: Tensor | None
     weight: Tensor | None
-    """Of every row of the head that is multiplied."""
     bias: Tensor | None
+    weight_sum: Sum | None = None
+    """Into ``weight``."""
 
     @classmethod
-    def of(cls, hidden: Tensor, head: Head, ready: Head, *, summed: bool) -> "_Gradients":
-        """To be written, but for the bias's and for rows that ``head`` has and ``ready`` has not. In at least float32, so that
-        they are rounded once; in their own dtype where a GPU need not sum over blocks."""
+    def of(cls, hidden: Tensor, head: Head, vocab_size: int, *, summed: bool) -> "_Gradients":
+        """To be written, but for the bias's and for rows beyond the vocabulary. ``summed``: over chunks. In at least float32, so
+        that they are rounded once; in their own dtype where a GPU does so by itself."""
 
-        def room(value: Tensor | None, rows: int) -> Tensor | None:
+        def room(value: Tensor | None, *, wide: bool) -> Tensor | None:
             if value is None or not (value.requires_grad and torch.is_grad_enabled()):
                 return None
-            dtype = torch.promote_types(value.dtype, torch.float32) if summed or value.is_cpu else value.dtype
-            return value.new_empty(rows, *value.shape[1:], dtype=dtype)
+            dtype = torch.promote_types(value.dtype, torch.float32) if wide or value.is_cpu else value.dtype
+            return torch.empty_like(value, dtype=dtype, requires_grad=False, memory_format=torch.contiguous_format)
 
-        gradients = cls(
-            hidden=room(hidden, len(hidden)),
-            weight=room(head.weight, max(len(head.weight), len(ready.weight))),
-            bias=None if head.bias is None else room(head.bias, len(head.bias)),
-        )
-        if gradients.weight is not None:
-            gradients.weight[len(ready.weight) :] = 0
-        if gradients.bias is not None:
-            gradients.bias.zero_()
-        return gradients
-
-    def of_rows(self, rows: int) -> "_Gradients":
-        """Without those of rows that only the product has."""
-        return self if self.weight is None else self._replace(weight=self.weight[:rows])
+        weight, weight_sum = room(head.weight, wide=False), None
+        if weight is not None and summed:
+            try:
+                weight_sum = Sum(weight[:vocab_size])
+            except NotImplementedError:
+                weight = room(head.weight, wide=True)
+        bias = room(head.bias, wide=True)
+        if weight is not None:
+            weight[vocab_size:] = 0
+        if bias is not None:
+            bias.zero_()
+        return cls(room(hidden, wide=False), weight, bias, weight_sum)
 
     @property
     def wanted(self) -> bool:
-        return any(gradient is not None for gradient in self)
+        return any(gradient is not None for gradient in (self.hidden, self.weight, self.bias))
 
-    def add(self, rows: slice, slope: Tensor, states: Tensor, weight: Tensor) -> None:
-        """Those of some positions, in order: ``slope`` is d loss / d (W h), a column for each row of ``weight``."""
+    def add(self, rows: slice, slope: Tensor, states: Tensor, head: Head, *, ends: bool) -> None:
+        """Those of some positions, in order: ``slope`` is d loss / d (W h), ``[n, V]``."""
+        begins = rows.start == 0
         if self.hidden is not None:
             if slope.is_cpu:  # whole sums: of halves, rounded here as they would be by autograd
-                self.hidden[rows] = slope @ weight
+                self.hidden[rows] = slope @ head.weight
             else:
-                _add_product(self.hidden[rows], 0, slope, weight)
-        if self.weight is not None:
-            total, beta = self.weight[: len(weight)], 0 if rows.start == 0 else 1
-            _add_product(total, beta, slope.T, states)
+                rest = 0 if head.tail is None else len(head.weight) % len(head.tail)
+                whole = len(head.weight) - rest
+                if rest:
+                    torch.mm(slope[:, whole:], head.weight[whole:], out=self.hidden[rows])
+                self.hidden[rows].addmm_(slope[:, :whole], head.weight[:whole], beta=1 if rest else 0)
+        if self.weight_sum is not None:
+            self.weight_sum.add(slope, states, begins=begins, ends=ends)
+        elif self.weight is not None:
+            _add_product(self.weight[: slope.shape[1]], 0 if begins else 1, slope.T, states)
         if self.bias is not None:
-            rows_of_both = min(len(self.bias), len(weight))
-            self.bias[:rows_of_both] += slope.sum(0, dtype=self.bias.dtype)[:rows_of_both]
+            self.bias[: slope.shape[1]] += slope.sum(0, dtype=self.bias.dtype)
 
 
 class _Differentiated(torch.autograd.Function):
     """The loss, whose gradients are known already."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, gradients: _Gradients, *inputs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, gradients: tuple[Tensor | None, ...], *inputs: Tensor | None) -> Tensor:
         ctx.save_for_backward(*gradients)
         return loss.clone()
 
@@ -360,7 +384,11 @@ class _Differentiated(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # Autograd casts each to its input's dtype, so that half-precision gradients are rounded once.
         saved = ctx.saved_tensors
-        if not (can_look(upstream[0]) and bool(upstream[0] == 1)):  # a pass over the head's gradient takes a twentieth of a step
+        if upstream[0].is_cuda:
+            for gradient in saved:
+                if gradient is not None:
+                    scale_(gradient, upstream[0])
+        elif not (can_look(upstream[0]) and bool(upstream[0] == 1)):  # the head's gradient alone takes a twentieth of a step
             known = [gradient for gradient in saved if gradient is not None]
             torch._foreach_mul_(known, upstream[0])  # pyright: ignore[reportPrivateImportUsage]
         return None, None, *saved
@@ -385,11 +413,11 @@ def _teacher(product: Tensor, head: Head | None, tokens: Tensor, vocab_size: int
     return logprobs, Probe(gather(logits, tokens) - chosen, chosen)
 
 
-def _product(first: Tensor, second: Tensor) -> Tensor:
+def _product(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
     """first @ second, in at least float32."""
     if first.is_cuda and first.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(first, second, out_dtype=torch.float32)
-    return promote(first) @ promote(second)
+        return torch.mm(first, second, out_dtype=torch.float32, out=out)
+    return torch.mm(promote(first), promote(second), out=out)
 
 
 def _add_product(total: Tensor, beta: int, first: Tensor, second: Tensor) -> None:
@@ -407,12 +435,6 @@ def _positions(states: Tensor, vocab_size: int, most: int | None = None) -> int:
     sizes = SIZES[states.device.type]
     positions = max(1, sizes.chunk // vocab_size // sizes.positions) * sizes.positions
     return positions if most is None else min(positions, most)
-
-
-def _positions_together(size: int, weight: Tensor) -> int:
-    """Whole chunks, whose slopes have room where the gradient of the head would be summed in at least float32."""
-    wide = torch.promote_types(weight.dtype, torch.float32).itemsize
-    return max(1, weight.shape[1] * wide // weight.itemsize // size) * size
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

@@ -14,6 +14,7 @@ from raykd.algorithms import GKD, Algorithm, MiniLLM
 from raykd.algorithms.token_divergences import JSD, ReverseKL
 from raykd.divergences import reverse_kl
 from raykd.fused import fuse
+from raykd.gpu_products import Sum, scale_
 from raykd.packing import Ragged, packed, packed_attention
 from raykd.projection import SIZES, Head, teacher_probe, weighted_loss
 
@@ -46,7 +47,7 @@ def gpu_model(dtype: torch.dtype) -> Any:
 
 @pytest.fixture(params=[1, 2, 1000], ids=lambda positions: f"chunks of {positions}")
 def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions of a chunk: the slopes of several are multiplied together, and their products summed."""
+    """Positions of a chunk, whose products are summed."""
     monkeypatch.setitem(SIZES, "cuda", replace(SIZES["cuda"], chunk=1, positions=request.param))
 
 
@@ -84,7 +85,7 @@ def test_in_bfloat16_only_the_slope_is_rounded(vocab_size: int, compiled: bool) 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cuda").bfloat16()
 
-    tokens, width = 1500, 64  # more than one block of chunks
+    tokens, width = 1500, 64  # more than one chunk
     hidden, weight = normal(tokens, width).requires_grad_(), (normal(vocab_size + 5, width) / 4).requires_grad_()
     states, teacher = normal(tokens, 96), Head(weight=normal(vocab_size + 5, 96) / 4)
     chosen = torch.randint(vocab_size, (tokens,), device="cuda")
@@ -98,6 +99,7 @@ def test_in_bfloat16_only_the_slope_is_rounded(vocab_size: int, compiled: bool) 
         teacher_states=states,
         teacher_head=teacher,
         probe=teacher_probe(states, teacher, chosen, vocab_size),
+        chunk=512,
         compiled=compiled,
     )
     got = torch.autograd.grad(found, (hidden, weight))
@@ -109,6 +111,53 @@ def test_in_bfloat16_only_the_slope_is_rounded(vocab_size: int, compiled: bool) 
         assert gradient.dtype == torch.bfloat16
         assert float((gradient.double() - wanted).norm() / wanted.norm()) < 5e-3
     assert not got[1][vocab_size:].any()
+
+
+@pytest.mark.parametrize("counts", [(50, 64, 512), (64,) * 40 + (7,)], ids=["three", "many"])
+def test_a_sum_in_three_bytes_is_rounded_once(counts: tuple[int, ...]) -> None:
+    """Against float64: as far off as its rounding to bfloat16, which a sum in bfloat16 exceeds."""
+    rows, width = 1088, 464  # neither is a multiple of the kernel's blocks
+    total = torch.full((rows, width), torch.nan, device="cuda", dtype=torch.bfloat16)
+    found, exact = Sum(total), torch.zeros(rows, width, device="cuda", dtype=torch.float64)
+    rounded = torch.zeros_like(total)
+    for index, count in enumerate(counts):
+        first, second = (torch.randn(count, size, device="cuda").bfloat16() for size in (rows, width))
+        found.add(first, second, begins=index == 0, ends=index == len(counts) - 1)
+        product = first.double().T @ second.double()
+        exact += product
+        rounded += product.bfloat16()
+
+    def off(value: Tensor) -> float:
+        return float((value.double() - exact).norm() / exact.norm())
+
+    assert off(total) < 1.01 * off(exact.bfloat16()) < 0.8 * off(rounded)
+
+
+def test_a_sum_in_three_bytes_keeps_what_is_not_finite() -> None:
+    total = torch.empty(64, 16, device="cuda", dtype=torch.bfloat16)
+    found, first = Sum(total), torch.ones(8, 64, device="cuda", dtype=torch.bfloat16)
+    second = torch.ones(8, 16, device="cuda", dtype=torch.bfloat16)
+    bad = second.clone()
+    bad[0, 0], bad[0, 1] = torch.nan, torch.inf
+    for index, states in enumerate((second, bad, second)):
+        found.add(first, states, begins=index == 0, ends=index == 2)
+    assert total[:, 0].isnan().all() and total[:, 1].isinf().all() and (total[:, 2:] == 24).all()
+
+
+def test_sums_in_three_bytes_take_their_own_kind_of_matrix() -> None:
+    for total in (torch.empty(8, 16, device="cuda"), torch.empty(8, 12, device="cuda", dtype=torch.bfloat16)):
+        with pytest.raises(NotImplementedError, match="in three bytes"):
+            Sum(total)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("factor", [1.0, 0.37, float("nan")])
+def test_scaling_in_place(dtype: torch.dtype, factor: float) -> None:
+    values = torch.randn(3, 7777, device="cuda", dtype=dtype)
+    upstream = torch.tensor(factor, device="cuda", dtype=torch.promote_types(dtype, torch.float32))
+    expected = (values.to(upstream.dtype) * upstream).to(dtype)
+    scale_(values, upstream)
+    torch.testing.assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("key_heads", [4, 2])

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "raykd"
 # Lowest first. A module (or folder) imports from rows below its own, and from its own row without going in circles.
 ROWS = (
     ("payloads", "records", "logprobs", "value"),
-    ("divergences", "surrogates", "projection", "packing", "fused", "compiled", "cpu_products"),
+    ("divergences", "surrogates", "projection", "packing", "fused", "compiled", "cpu_products", "gpu_products"),
     ("algorithms", "prompts", "replay", "sharing", "gpu_sharing", "between_nodes", "weights", "tracking", "usage", "experiment"),
     ("collate", "rank", "lora", "student", "engine"),
     ("rollout", "teacher", "reward", "learner"),
@@ -32,6 +32,7 @@ HOMES = {
     "liger_kernel": {"fused"},
     "nixl": {"between_nodes"},
     "numba": {"compiled"},
+    "triton": {"gpu_products"},
     "llvmlite": {"compiled"},
 }
 """Where a third party may be imported, at the top of a file or inside a function."""

@@ -102,9 +102,9 @@ def gradients(loss: Tensor, case: Case) -> tuple[Tensor, ...]:
 
 @pytest.fixture(params=[1, 2, 1000, None], ids=lambda rows: f"tiles of {rows}" if rows else "as on a GPU")
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Positions that are reduced at a time; or rows beyond the vocabulary and the slopes of several chunks, as on a GPU."""
+    """Positions that are reduced at a time; or a head in two parts and the slopes of several chunks, as on a GPU."""
     here = SIZES["cpu"]
-    of_gpu = replace(here, chunk=1, positions=2, rows=10, slopes_kept=True)
+    of_gpu = replace(here, chunk=1, positions=2, columns=10, tile=2**62, together=2)
     monkeypatch.setitem(SIZES, "cpu", replace(here, tile=request.param * V) if request.param else of_gpu)
 
 
