@@ -19,6 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raykd.algorithms.base import Needs
 from raykd.between_nodes import Reader, available
+from raykd.engine import turn_on_gpu
 from raykd.experiment import LearnerConfig, Optimiser, RewardConfig, RolloutConfig, TeacherConfig
 from raykd.records import Rollout
 from raykd.rollout.config import EngineSettings
@@ -120,7 +121,8 @@ class TeacherActor(_Replica):
         from raykd.teacher import Teacher
 
         assert facts.teacher is not None
-        self._teacher = Teacher(facts.teacher, config, vocab_size=facts.vocab_size, max_length=facts.max_length)
+        with turn_on_gpu():
+            self._teacher = Teacher(facts.teacher, config, vocab_size=facts.vocab_size, max_length=facts.max_length)
         self._eos_ids = facts.eos_ids
         self._engine = None
         if writes:

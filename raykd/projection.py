@@ -55,9 +55,9 @@ class Sizes:
 
 SIZES = {
     # Chunks of 30 MiB, 156 positions at V = 50,257: what is larger than 32 MiB the C library gives back to the system at once,
-    # and getting it again page by page takes longer than computing on it. Tiles of 4 MiB: the many passes between logits and
+    # and getting it again page by page takes longer than computing on it. Tiles of 3 MiB: the many passes between logits and
     # slope stay in the caches.
-    "cpu": Sizes(chunk=15 * 2**19, positions=1, tile=2**20, columns=1, together=0),
+    "cpu": Sizes(chunk=15 * 2**19, positions=1, tile=3 * 2**18, columns=1, together=0),
     # Of bfloat16, a twentieth of the memory of all at once. With fewer positions the heads are read for longer than they are
     # multiplied, and so are the sums of gradients with fewer of them together. Products of odd sizes take seven times as long.
     "cuda": Sizes(chunk=2**23, positions=256, tile=2**62, columns=64, together=3),

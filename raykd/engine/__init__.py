@@ -1,5 +1,5 @@
 """vLLM as rollouts and teachers start it."""
 
-from raykd.engine.starting import STEPPING, prepare, start
+from raykd.engine.starting import STEPPING, prepare, start, turn_on_gpu
 
-__all__ = ["STEPPING", "prepare", "start"]
+__all__ = ["STEPPING", "prepare", "start", "turn_on_gpu"]

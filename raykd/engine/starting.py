@@ -2,9 +2,15 @@
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from raykd.experiment import EngineConfig
 
@@ -20,6 +26,8 @@ STEPPING = threading.Lock()
 CPU_BLOCK_SIZE = 32
 """Tokens in a block of the KV cache on CPU: the smallest its kernels take, so that most of a prefix is found cached."""
 
+TURN_DEADLINE_S = 900.0
+
 
 def prepare() -> None:
     """Set the environment that vLLM reads when it is imported; what the caller has set stays."""
@@ -27,6 +35,31 @@ def prepare() -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler runs in our thread
+
+
+@contextmanager
+def turn_on_gpu() -> Iterator[None]:
+    """Processes that have a part of the same GPU start one after another. vLLM takes what it finds free for its KV cache, and
+    refuses to start where others give memory back meanwhile. Within a process it may be nested. Raises RuntimeError after
+    fifteen minutes."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not gpu or "," in gpu:  # none, or whole ones
+        yield
+        return
+    try:
+        with _turns(gpu):
+            yield
+    except Timeout:
+        raise RuntimeError(
+            f"GPU {gpu} is shared, and another process has been starting on it for {TURN_DEADLINE_S:g} s; look at the other "
+            "actors' logs"
+        ) from None
+
+
+@cache
+def _turns(gpu: str) -> FileLock:
+    path = Path(gettempdir()) / f"raykd-{os.getuid()}-gpu-{gpu}.lock"
+    return FileLock(path, timeout=TURN_DEADLINE_S, thread_local=False)
 
 
 def start(model: str, config: EngineConfig, arguments: dict[str, Any]) -> "LLMEngine":
@@ -56,4 +89,5 @@ def start(model: str, config: EngineConfig, arguments: dict[str, Any]) -> "LLMEn
         **on_cpu,
         **arguments,
     )
-    return LLMEngine.from_engine_args(shared)
+    with turn_on_gpu():
+        return LLMEngine.from_engine_args(shared)
