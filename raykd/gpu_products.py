@@ -32,13 +32,16 @@ class Sum:
         suits = total.is_cuda and total.dtype == torch.bfloat16 and total.shape[1] % 16 == 0
         if not suits or torch.cuda.get_device_capability(total.device) < (9, 0) or find_spec("triton") is None:
             raise NotImplementedError(f"no sums of {total.dtype} {list(total.shape)} on {total.device} in three bytes")
-        low = torch.empty_like(total, dtype=torch.uint8)
+        self._total, low = total, torch.empty_like(total, dtype=torch.uint8)
         self._parts = [_descriptor(part, BLOCK_V, BLOCK_H) for part in (total, low)]
         self._blocks = -(-total.shape[0] // BLOCK_V) * -(-total.shape[1] // BLOCK_H)
 
     def add(self, first: Tensor, second: Tensor, *, begins: bool, ends: bool) -> None:
         """One product; ``total`` holds the sum of all once the one that ``ends`` it is in."""
-        factors = _descriptor(first, BLOCK_N, BLOCK_V), _descriptor(second, BLOCK_N, BLOCK_H)
+        if len(first) == 0:  # it is the only one, and nothing describes a matrix without rows
+            self._total.zero_()
+            return
+        factors = _descriptor(first, BLOCK_N, BLOCK_V), _descriptor(second.contiguous(), BLOCK_N, BLOCK_H)
         sizes = len(first), second.shape[1], begins, ends, BLOCK_V, BLOCK_H, BLOCK_N
         _kernels().add_product[(self._blocks,)](*factors, *self._parts, *sizes, num_warps=WARPS, num_stages=STAGES)
 
@@ -68,7 +71,7 @@ def _kernels() -> _Kernels:
     import triton  # pyright: ignore[reportMissingImports]
     import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["count"])  # one program for blocks of all sizes
     def add_product(
         first,
         second,

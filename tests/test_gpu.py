@@ -144,6 +144,13 @@ def test_a_sum_in_three_bytes_keeps_what_is_not_finite() -> None:
     assert total[:, 0].isnan().all() and total[:, 1].isinf().all() and (total[:, 2:] == 24).all()
 
 
+def test_a_sum_of_nothing_is_zero() -> None:
+    total = torch.full((64, 16), torch.nan, device="cuda", dtype=torch.bfloat16)
+    first, second = (torch.empty(0, width, device="cuda", dtype=torch.bfloat16) for width in total.shape)
+    Sum(total).add(first, second, begins=True, ends=True)
+    assert not total.any()
+
+
 def test_sums_in_three_bytes_take_their_own_kind_of_matrix() -> None:
     for total in (torch.empty(8, 16, device="cuda"), torch.empty(8, 12, device="cuda", dtype=torch.bfloat16)):
         with pytest.raises(NotImplementedError, match="in three bytes"):
