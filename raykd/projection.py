@@ -96,12 +96,28 @@ class Head:
             return self.packed.product(hidden)
         if self.tail is None:
             return _product(hidden, self.weight.T)
-        size, whole = len(self.weight), len(self.weight) - len(self.weight) % len(self.tail)
+        size, whole = len(self.weight), self._whole
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         product = hidden.new_empty(len(hidden), whole + len(self.tail), dtype=dtype)
         _product(hidden, self.weight[:whole].T, product[:, :whole])
         _product(hidden, self.tail.T, product[:, whole:])
         return product[:, :size]
+
+    def pull_back(self, slope: Tensor, out: Tensor) -> None:
+        """slope W, ``[n, V] -> [n, H]``: the gradient of ``hidden`` from that of its product."""
+        if self.tail is not None:  # the small part first, so that what is rounded last is the sum
+            whole = self._whole
+            _add_product(out, 0, slope[:, whole:], self.weight[whole:])
+            _add_product(out, 1, slope[:, :whole], self.weight[:whole])
+        elif slope.is_cpu:  # of halves, rounded here as it would be by autograd
+            out.copy_(slope @ self.weight)
+        else:
+            _add_product(out, 0, slope, self.weight)
+
+    @property
+    def _whole(self) -> int:
+        """Rows before those of the tail."""
+        return len(self.weight) - (0 if self.tail is None else len(self.weight) % len(self.tail))
 
     def logits(self, product: Tensor) -> Tensor:
         """Bias, scale and soft-cap; ``[n, V]``, the product's own memory where there are none."""
@@ -217,8 +233,7 @@ def weighted_loss(
             take(block)
     if probe is not None and teacher_states is not None:
         compare(probe, rebuilt, torch.float32 if isinstance(teacher_states, Top) else teacher_states.dtype)
-    known = gradients.hidden, gradients.weight, gradients.bias
-    return _Differentiated.apply(totals.pop("loss"), known, hidden, head.weight, head.bias), totals
+    return _Differentiated.apply(totals.pop("loss"), gradients.all, hidden, head.weight, head.bias), totals
 
 
 @torch.no_grad()
@@ -345,24 +360,22 @@ class _Gradients:
             weight[vocab_size:] = 0
         if bias is not None:
             bias.zero_()
-        return cls(room(hidden, wide=False), weight, bias, weight_sum)
+        return cls(room(hidden, wide=hidden.dtype != head.weight.dtype), weight, bias, weight_sum)
+
+    @property
+    def all(self) -> tuple[Tensor | None, ...]:
+        """In the order of the inputs."""
+        return self.hidden, self.weight, self.bias
 
     @property
     def wanted(self) -> bool:
-        return any(gradient is not None for gradient in (self.hidden, self.weight, self.bias))
+        return any(gradient is not None for gradient in self.all)
 
     def add(self, rows: slice, slope: Tensor, states: Tensor, head: Head, *, ends: bool) -> None:
         """Those of some positions, in order: ``slope`` is d loss / d (W h), ``[n, V]``."""
         begins = rows.start == 0
         if self.hidden is not None:
-            if slope.is_cpu:  # whole sums: of halves, rounded here as they would be by autograd
-                self.hidden[rows] = slope @ head.weight
-            else:
-                rest = 0 if head.tail is None else len(head.weight) % len(head.tail)
-                whole = len(head.weight) - rest
-                if rest:
-                    torch.mm(slope[:, whole:], head.weight[whole:], out=self.hidden[rows])
-                self.hidden[rows].addmm_(slope[:, :whole], head.weight[:whole], beta=1 if rest else 0)
+            head.pull_back(slope, self.hidden[rows])
         if self.weight_sum is not None:
             self.weight_sum.add(slope, states, begins=begins, ends=ends)
         elif self.weight is not None:
@@ -384,12 +397,11 @@ class _Differentiated(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         # Autograd casts each to its input's dtype, so that half-precision gradients are rounded once.
         saved = ctx.saved_tensors
+        known = [gradient for gradient in saved if gradient is not None]
         if upstream[0].is_cuda:
-            for gradient in saved:
-                if gradient is not None:
-                    scale_(gradient, upstream[0])
+            for gradient in known:
+                scale_(gradient, upstream[0])
         elif not (can_look(upstream[0]) and bool(upstream[0] == 1)):  # the head's gradient alone takes a twentieth of a step
-            known = [gradient for gradient in saved if gradient is not None]
             torch._foreach_mul_(known, upstream[0])  # pyright: ignore[reportPrivateImportUsage]
         return None, None, *saved
 
