@@ -9,6 +9,7 @@ With replay a step that finds a batch of old responses may write none (DistiLLM'
 saved instead of hidden, and the bound is that of the work which is left.
 """
 
+import argparse
 import json
 import random
 import tempfile
@@ -129,6 +130,7 @@ def measure(algorithm: Algorithm, steps: int, seconds: dict[str, float], max_sta
 
 def main() -> None:
     """Measure every profile and method, print the table, write it as JSON."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     table = Table("method", "stage times", "S", "steps/hour", "of bound", "age, steps", caption="S: max_staleness")
     results = []
     for method, (algorithm, steps) in METHODS.items():

@@ -10,6 +10,7 @@ size, on a GPU of PyTorch's allocator. Liger-Kernel and TRL take part where they
 tensors would not fit are left out.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -222,8 +223,11 @@ def table(results: dict[str, dict[str, Any]]) -> Table:
     return shown
 
 
-def main(sizes: list[str]) -> None:
-    """Measure these sizes, or all; those measured before are kept."""
+def main() -> None:
+    """Measure the named sizes, or all; those measured before are kept."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", nargs="*", metavar="V:T", help="vocabulary and tokens; all where none is named")
+    sizes = parser.parse_args().sizes
     check()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for size in sizes or [f"{vocab_size}:{tokens}" for vocab_size, tokens in SIZES]:
@@ -239,4 +243,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--memory"]:
         print(peak(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
     else:
-        main(sys.argv[1:])
+        main()

@@ -60,7 +60,7 @@ class Engine:
 
 def main() -> None:
     """Publish, copy, compare."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a small model: to see that it runs")
     config = LlamaConfig(**(SMALL if parser.parse_args().small else LARGE), vocab_size=32_000, tie_word_embeddings=False)
     model = LlamaForCausalLM(config).to(torch.bfloat16)

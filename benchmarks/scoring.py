@@ -7,6 +7,7 @@ float32, two threads, one process; every batch has new prompts, and medians leav
 ../shared; prompts of 64 tokens, 128 to score); "x 4" is four responses a prompt.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -67,6 +68,7 @@ def seconds(model: str, case: dict[str, Any], batches: int = 7) -> dict[str, flo
 
 def main() -> None:
     """Measure every case, print and keep the numbers."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(THREADS)
     table = Table("batch", "tokens scored", "transformers, s", "vLLM, s", "transformers / vLLM")
     found = {}

@@ -378,7 +378,7 @@ def table(results: dict[str, Any], dtype: str) -> Table:
 
 def main() -> None:
     """Measure the named contenders, or all; write them beside those measured before."""
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("contenders", nargs="*", metavar="contender", help=f"of {', '.join(CONTENDERS)}; all where none is named")
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
     asked = parser.parse_args()

@@ -44,9 +44,9 @@ class Teacher:
         self._scores = Scores(offsets=(0, tokens), log_normaliser=probe[0].clone(), logprobs=probe[1].clone(), **sent)
         self._sampled = payload == "sampled"
 
-    def score(self) -> Any:
-        """What the actor of a run returns: a reference, or the sampled log-probs by value."""
-        return self._scores.logprobs.tolist() if self._sampled else [ray.put(self._scores)]
+    def score(self) -> tuple[Scores | None, list[float] | None]:
+        """What the actor of a run returns: the block, or the sampled log-probs."""
+        return (None, self._scores.logprobs.tolist()) if self._sampled else (self._scores, None)
 
 
 class Learner:
@@ -72,7 +72,8 @@ def measure(payload: str, vocab_size: int, tokens: int, blocks: int) -> dict[str
     seconds, sizes, memory = [], [], []
     for _ in range(blocks + 1):
         started = time.perf_counter()
-        answer = ray.get(teacher.score.remote())
+        block, sampled = teacher.score.options(num_returns=2).remote()
+        answer = ray.get(sampled) or [block]
         ray.get(learner.read.remote(answer))
         seconds.append(time.perf_counter() - started)
         stored = isinstance(answer[0], ray.ObjectRef)

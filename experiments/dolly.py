@@ -83,8 +83,11 @@ def dolly(name: str, *stages: Stage, student: str, teacher: str | None, layout: 
 
 
 def epochs(algorithm: AnyAlgorithm, count: int, learning_rate: float, batch_size: int = 32) -> Stage:
-    """Passes over Dolly under the schedule of MiniLLM's and DistiLLM's fine-tuning scripts."""
-    optimiser = Optimiser(learning_rate=learning_rate, schedule="cosine", learning_rate_min=1e-7, weight_decay=1e-2)
+    """Passes over Dolly under optimiser and schedule of MiniLLM's and DistiLLM's fine-tuning scripts, which set AdamW's rate and
+    decay alone. Unlike theirs, the student learns without the dropout of its configuration, 0.1 for GPT-2 and OPT."""
+    optimiser = Optimiser(
+        learning_rate=learning_rate, schedule="cosine", learning_rate_min=1e-7, betas=(0.9, 0.999), weight_decay=1e-2
+    )
     steps = count * TRAINING_ROWS // batch_size
     return Stage(algorithm=algorithm, steps=steps, batch_size=batch_size, optimiser=optimiser, keep="rouge_l")
 

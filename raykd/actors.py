@@ -21,7 +21,7 @@ from raykd.algorithms.base import Needs
 from raykd.between_nodes import Reader, available
 from raykd.engine import turn_on_gpu
 from raykd.experiment import LearnerConfig, Optimiser, RewardConfig, RolloutConfig, TeacherConfig
-from raykd.records import Rollout
+from raykd.records import Rollout, Scores
 from raykd.rollout.config import EngineSettings
 from raykd.sharing import let_go
 from raykd.weights import Bucket, WeightUpdate, fetched
@@ -130,11 +130,11 @@ class TeacherActor(_Replica):
 
             self._engine = VllmEngine(facts.teacher, facts.engine(config), facts.eos_ids)
 
-    async def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None) -> tuple[ray.ObjectRef | None, list[Any]]:
-        """A reference to the block of scores, which stays in this node's object store, and log p of every token where needed."""
+    async def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None) -> tuple[Scores | None, list[Any]]:
+        """The block of scores, which is to stay in this node's object store, and log p of every token, each where needed."""
         scores = await asyncio.to_thread(self._teacher.score, rollouts, needs, top_k)
-        reference = ray.put(scores) if needs.distribution else None
-        return reference, [tuple(logprobs.tolist()) if needs.sampled else None for logprobs in scores.logprobs_by_rollout()]
+        logprobs = [tuple(values.tolist()) if needs.sampled else None for values in scores.logprobs_by_rollout()]
+        return (scores if needs.distribution else None), logprobs
 
     async def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
         return await asyncio.to_thread(self._teacher.answer, prompts, max_tokens, self._eos_ids)

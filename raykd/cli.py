@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -38,7 +39,9 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
         elif options.scale is not None:
             experiment = (scales or {})[options.scale]()
         about = (sys.modules["__main__"].__doc__ or "") + ALSO
-        experiment = tyro.cli(Experiment, default=experiment, args=rest, description=about, config=KEEP_BRANCHES)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="tyro")  # that the kinds of a reward have fields of the same names
+            experiment = tyro.cli(Experiment, default=experiment, args=rest, description=about, config=KEEP_BRANCHES)
         if options.show:
             console.print_json(experiment.model_dump_json())
             return

@@ -77,9 +77,10 @@ def skew_reverse_kl(student: Tensor, teacher: Tensor, alpha: float | Tensor, *, 
 def top_k(student: Tensor, teacher: Tensor, k: int, *, tail: bool = True) -> tuple[Tensor, Tensor]:
     """Student and teacher on the teacher's k most probable tokens and one event for all others; ``[..., V] -> [..., k + 1]``.
 
-    A divergence of the two is a true divergence and never more than that of the whole vocabulary (data processing), with the mass
-    outside in it. Without ``tail`` both are renormalised on the k tokens: ``[..., k]``, blind to what leaks out of them. A
-    vocabulary of k tokens or fewer stays as it is. Gradients are finite.
+    A divergence of the two is a true divergence, with the mass outside in it. An f-divergence (KLs, JSD, their skewed forms,
+    total variation) is never more than that of the whole vocabulary, by data processing; others may be, the alpha-beta
+    divergence with alpha + beta = 2 sixty times as much. Without ``tail`` both are renormalised on the k tokens: ``[..., k]``,
+    blind to what leaks out of them. A vocabulary of k tokens or fewer stays as it is. Gradients are finite.
     """
     if k < 1:
         raise ValueError(f"top_k: k must be at least 1, got {k}")

@@ -22,6 +22,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 RESTARTS = 3
 """How often a replica may die and come back in one run."""
+LOG = logging.getLogger(__name__)
 START_DEADLINE_S = 1800.0
 """Longest wait for GPUs, and for actors to load their models."""
 
@@ -42,43 +43,57 @@ class Fleet:
         self._manager = FaultTolerantActorManager(self.actors)
         self._turn = threading.RLock()  # the manager serves one caller at a time; loading after a restart is part of a call
 
-    def map(self, method: str, calls: Sequence[dict[str, Any]]) -> list[Any]:
-        """Each call on some healthy replica; results in the order of the calls."""
+    @property
+    def num_healthy(self) -> int:
+        """Replicas that worked when they were last asked; at least one, for without any the next call fails."""
+        return max(1, len(self._manager.healthy_actor_ids()))
+
+    def map(self, method: str, calls: Sequence[dict[str, Any]], *, kept: bool = False) -> list[Any]:
+        """Each call on some healthy replica; results in the order of the calls.
+
+        ``kept``: of the two values that the method returns, the first stays on the replica's node. Its reference comes back
+        beside the second, and is this process's own: the value outlives the replica.
+        """
         results: dict[int, Any] = {}
         with self._turn:
             while len(results) < len(calls):
                 replicas = self._healthy()
                 todo = [index for index in range(len(calls)) if index not in results][: len(replicas)]
-                results |= self._round(method, dict(zip(replicas, todo, strict=False)), calls)
+                assignment = dict(zip(replicas, todo, strict=False))
+                results |= {assignment[replica]: found for replica, found in self._round(method, assignment, calls, kept).items()}
         return [results[index] for index in range(len(calls))]
 
     def broadcast(self, method: str, call: dict[str, Any]) -> list[Any]:
         """The same call on every healthy replica."""
         with self._turn:
             replicas = self._healthy()
-            return list(self._round(method, dict.fromkeys(replicas, 0), [call], distinct=False).values())
+            return list(self._round(method, dict.fromkeys(replicas, 0), [call]).values())
 
     def _round(
-        self, method: str, assignment: dict[int, int], calls: Sequence[dict[str, Any]], *, distinct: bool = True
+        self, method: str, assignment: dict[int, int], calls: Sequence[dict[str, Any]], kept: bool = False
     ) -> dict[int, Any]:
-        """One call per replica (replica -> index of its call); results by call, or by replica when calls are not distinct."""
-        answers = self._manager.foreach_actor(
-            [method] * len(assignment),
-            kwargs=[calls[index] for index in assignment.values()],
-            remote_actor_ids=list(assignment),
-            timeout_seconds=self.deadline_s,
-        )
-        results, silent = {}, set(assignment)
-        for answer in answers.result_or_errors:
-            silent.discard(answer.actor_id)
-            if answer.ok:
-                results[assignment[answer.actor_id] if distinct else answer.actor_id] = answer.get()
-            elif isinstance(failure := answer.get(), RayTaskError):  # the work itself failed: another replica would fail too
-                raise failure.as_instanceof_cause()
-        if silent:
-            raise TimeoutError(
-                f"{self.name} fleet: replicas {sorted(silent)} did not finish {method} within {self.deadline_s:g} s"
-            )
+        """One call per replica (replica -> index of its call); results by replica, without those that have died."""
+        answers: dict[Any, tuple[int, Any]] = {}
+        for replica, index in assignment.items():
+            verb: Any = getattr(self._manager.actors()[replica], method)
+            first, answer = verb.options(num_returns=2).remote(**calls[index]) if kept else (None, verb.remote(**calls[index]))
+            answers[answer] = replica, first
+        finished, unfinished = ray.wait([*answers], num_returns=len(answers), timeout=self.deadline_s)
+        results = {}
+        for answer in finished:
+            replica, first = answers[answer]
+            try:
+                found = ray.get(answer)
+            except RayTaskError as failure:  # the work itself failed: another replica would fail too
+                raise failure.as_instanceof_cause() from None
+            except RayActorError:
+                LOG.warning("%s replica %d has died: others do its work, or it does when it is back", self.name, replica)
+                self._manager.set_actor_state(replica, healthy=False)
+            else:
+                results[replica] = (first, found) if kept else found
+        if unfinished:
+            silent = sorted(answers[answer][0] for answer in unfinished)
+            raise TimeoutError(f"{self.name} fleet: replicas {silent} did not finish {method} within {self.deadline_s:g} s")
         return results
 
     def _healthy(self) -> list[int]:
@@ -89,7 +104,8 @@ class Fleet:
                 "ping", healthy_only=False, remote_actor_ids=unhealthy, timeout_seconds=START_DEADLINE_S, mark_healthy=True
             )
             failures = [answer.get() for answer in answers if not answer.ok]
-            if len(failures) < len(unhealthy):
+            if back := sorted(set(unhealthy) & set(self._manager.healthy_actor_ids())):
+                LOG.warning("%s replicas %s are back", self.name, ", ".join(map(str, back)))
                 self.on_restart()
             restarting = any(isinstance(failure, ActorUnavailableError) for failure in failures)
             if self._manager.healthy_actor_ids() or not restarting or time.monotonic() > deadline:
@@ -129,6 +145,7 @@ class Placement:
         if bundles:
             self.group = placement_group(bundles, strategy="PACK")
             if not self.group.wait(START_DEADLINE_S):
+                self.release()
                 raise TimeoutError(
                     f"the cluster did not free {sum(gpus):g} GPUs within {START_DEADLINE_S:g} s: stop other jobs or add nodes"
                 )

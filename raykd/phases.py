@@ -113,7 +113,7 @@ class Phases:
             steps=stage.steps,
             batch_size=stage.batch_size,
             coin=float(np.random.default_rng((self._experiment.seed, total)).random()),
-            held=workers.call_replay("held", workers.version),
+            held=workers.call_replay("held", total + stage.steps_per_phase - 1),  # when the last step learns from them
             held_out=tuple(self._at.held_out),
         )
         mixture = stage.algorithm.mixture(progress)

@@ -13,7 +13,7 @@ from string import Formatter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 from transformers import PreTrainedTokenizerBase
 
 from raykd.records import Prompt
@@ -40,7 +40,7 @@ class _Source(Value):
     path: str
     """A file (.jsonl, .json, .parquet, .csv, .txt, each also .gz), or the name of a data set on the Hugging Face Hub."""
     split: str = "train"
-    """Which split of a Hub data set; a file is one split."""
+    """Which split of a data set, or which part of one: "train[500:]". All of a file is "train"."""
     limit: int | None = Field(default=None, ge=1)
     """Use only the first rows."""
 
@@ -54,6 +54,18 @@ class Pairs(_Source):
     """Template for rows in which a field is empty that ``prompt`` names and this one does not."""
     response: str | None = "{response}"
     """Template of the reference answer; None when the data has none."""
+
+    @field_validator("prompt", "prompt_without_input", "response")
+    @classmethod
+    def _names_a_field(cls, template: str | None) -> str | None:
+        if template is not None:
+            try:
+                fields = _fields(template)
+            except ValueError as error:
+                raise ValueError(f"{template!r} is no template: {error}; a field is {{name}}, a brace {{{{ or }}}}") from error
+            if not fields:
+                raise ValueError(f"{template!r} names no field of the rows: write one as {{name}}")
+        return template
 
 
 class Documents(_Source):
@@ -81,11 +93,14 @@ def read_rows(source: _Source) -> list[dict[str, Any]]:
         raise ValueError(f"data set {source.path} is empty: it has no rows")
     try:
         if path.is_file():
-            data = datasets.load_dataset(LOADERS[suffix], data_files=str(path), split="train")
+            data = datasets.load_dataset(LOADERS[suffix], data_files=str(path), split=source.split)
         else:
             data = datasets.load_dataset(source.path, split=source.split)
     except Exception as error:  # the library raises many kinds; the user needs the path and the reason
-        raise ValueError(f"data set {source.path} (split {source.split}) cannot be read: {error}") from error
+        reason: BaseException = error
+        while reason.__cause__:  # "An error occurred while generating the dataset" says nothing
+            reason = reason.__cause__
+        raise ValueError(f"data set {source.path} (split {source.split}) cannot be read: {reason}") from error
     rows = list(data.select(range(min(len(data), source.limit or len(data)))))
     if not rows:
         raise ValueError(f"data set {source.path} is empty: it has no rows")
@@ -167,6 +182,8 @@ class Data:
     held_out: Sequence[Prompt]
     decode: Callable[[Sequence[int]], str]
     text: "PromptStream[Prompt] | None"
+    left_out: str = ""
+    """A sentence on the rows that nothing is learned from, if there are any."""
 
 
 class PromptStream(Generic[Item]):
@@ -202,6 +219,7 @@ class PromptStream(Generic[Item]):
 
 
 def _fields(template: str) -> set[str]:
+    """Their names; ValueError for what is no template."""
     return {field for _, field, _, _ in Formatter().parse(template) if field}
 
 
@@ -215,10 +233,17 @@ def _template(source: Pairs, row: Mapping[str, Any]) -> str:
 
 def _render(template: str, row: Mapping[str, Any], path: str, index: int) -> str:
     for field in sorted(_fields(template)):
-        if row.get(field) is None:
+        value = row.get(field)
+        if value is None:
+            filled = sorted(name for name, other in row.items() if other is not None)
             raise ValueError(
-                f"{path}, row {index + 1}: no field {field!r} (the row has {', '.join(sorted(row))}); "
+                f"{path}, row {index + 1}: no field {field!r} (the row has {', '.join(filled)}); "
                 "name the right fields in the data templates, or mend the row"
+            )
+        if isinstance(value, Mapping | list):
+            raise ValueError(
+                f"{path}, row {index + 1}: field {field!r} is no text but a {type(value).__name__}; bring the data with a field "
+                "for each text that the templates name"
             )
     return template.format_map(row)
 

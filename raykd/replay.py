@@ -45,9 +45,8 @@ class ReplayBuffer:
         del self._rows[:surplus], self._uses_left[:surplus]
 
     def held(self, version: int) -> int:
-        """How many rows are fresh enough at policy version ``version``."""
-        self._drop_stale(version)
-        return len(self._rows)
+        """How many rows will be fresh enough at policy version ``version``, which may lie ahead."""
+        return sum(self._is_fresh(row, version) for row in self._rows)
 
     def sample(self, count: int, version: int) -> list[Row]:
         """Up to ``count`` distinct rows that are fresh enough at policy version ``version``; their uses are spent.
@@ -116,12 +115,11 @@ class ReplayBuffer:
         return quotas
 
     def _drop_stale(self, version: int) -> None:
+        self._keep([i for i, row in enumerate(self._rows) if self._is_fresh(row, version)])
+
+    def _is_fresh(self, row: Row, version: int) -> bool:
         limit = self._bounds.max_staleness
-
-        def fresh(row: Row) -> bool:
-            return limit is None or row.rollout.student_logprobs is None or version - row.rollout.version <= limit
-
-        self._keep([i for i, row in enumerate(self._rows) if fresh(row)])
+        return limit is None or row.rollout.student_logprobs is None or version - row.rollout.version <= limit
 
     def _keep(self, indices: list[int]) -> None:
         self._rows = [self._rows[i] for i in indices]

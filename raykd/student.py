@@ -25,7 +25,7 @@ from raykd.payloads import Probe
 from raykd.projection import Head, Reduce, weighted_loss
 from raykd.records import Batch
 
-HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+HEAD_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Largest accepted difference of the rebuilt logits, relative to the largest logit."""
 RECORDED = "recorded_logprob"
 
@@ -123,7 +123,7 @@ class Student(nn.Module):
         output = _linear_head(self.model, folder, vocab_size)
         self.output = StudentHead(output, *logit_scale_and_softcap(config), teacher_head, sharded=sharded)
         self._vocab_size, self._chunk, self._compiled = vocab_size, chunk, compiled
-        self._verify_head(folder)
+        verify_head(self.model, self.output.head(), folder)
         self.lay = packed if can_pack(self.model) else padded
         self._state = self.model.state_dict(keep_vars=True)
         self._adapters = adapt(self.model, lora) if lora is not None and lora.rank else {}
@@ -170,20 +170,6 @@ class Student(nn.Module):
         for name in self._rates:
             setattr(self.model.config, name, 0.0)
 
-    @torch.no_grad()
-    def _verify_head(self, folder: str) -> None:
-        """Refuse an architecture whose logits are more than body, linear head, scale and soft-cap."""
-        ids = torch.arange(4)[None] % self.output.weight.shape[0]
-        expected = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        rebuilt = self.output.head()(self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
-        error = float((rebuilt - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
-        if not error <= HEAD_TOLERANCE[self.output.weight.dtype]:
-            raise ValueError(
-                f"{folder}: the logits of {self.model.config.model_type} are not its linear head times the last hidden state, "
-                f"with logit_scale, logits_scaling and final_logit_softcapping applied (relative error {error:.2g}); "
-                "teach raykd.student.logit_scale_and_softcap what this architecture does"
-            )
-
 
 def recorded_logprobs(batch: Batch) -> dict[str, Tensor]:
     """log q as the rollout engine recorded it, NaN where it did not; ``[B, T]``."""
@@ -208,9 +194,29 @@ def dropout_rates(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def logit_scale_and_softcap(config: PreTrainedConfig) -> tuple[float, float | None]:
-    """What an architecture does to the product of head and hidden state: Cohere and Granite scale it, Gemma 2 caps it."""
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return scale, getattr(config, "final_logit_softcapping", None)
+    """What an architecture does to the product of head and hidden state: Cohere, Granite and Falcon-H1 scale it, Gemma 2 and
+    RecurrentGemma cap it."""
+
+    def number(name: str) -> float:
+        return float(getattr(config, name, None) or 0.0)
+
+    scale = (number("logit_scale") or 1.0) * (number("lm_head_multiplier") or 1.0) / (number("logits_scaling") or 1.0)
+    return scale, number("final_logit_softcapping") or number("logits_soft_cap") or None
+
+
+@torch.no_grad()
+def verify_head(model: PreTrainedModel, head: Head, name: str) -> None:
+    """Raise ValueError for an architecture whose logits are more than body, linear head, scale and soft-cap."""
+    ids = torch.arange(4, device=model.device)[None] % len(head.weight)
+    expected = model(input_ids=ids, use_cache=False).logits[0].float()
+    rebuilt = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0])
+    error = float((rebuilt - expected).abs().max() / expected.abs().max().clamp(min=1e-6))
+    if not error <= HEAD_TOLERANCE[head.weight.dtype]:
+        raise ValueError(
+            f"{name}: the logits of {model.config.model_type} are not its linear head times the last hidden state, "
+            f"scaled and capped as its configuration says (relative error {error:.2g}); "
+            "teach raykd.student.logit_scale_and_softcap what this architecture does"
+        )
 
 
 def _linear_head(model: PreTrainedModel, folder: str, vocab_size: int) -> nn.Linear:

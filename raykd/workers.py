@@ -1,22 +1,20 @@
-"""All workers of a run behind the verbs of the loop: generate, score, step, evaluate, publish. Starts and closes them."""
+"""All workers of a run behind the verbs of the loop: generate, score, step, evaluate, publish. Closes them."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet, ref
 
 import ray
 
-from raykd.actors import LearnerActor, ModelFacts, RewardActor, RolloutActor, TeacherActor, within_reach
+from raykd.actors import within_reach
 from raykd.algorithms.base import Algorithm, Needs
 from raykd.collate import LossTerm, deal
-from raykd.experiment import Experiment, Optimiser
-from raykd.fleet import RESTARTS, START_DEADLINE_S, Fleet, LearnerGang, Placement, get
+from raykd.experiment import Optimiser
+from raykd.fleet import Fleet, LearnerGang, Placement, get
 from raykd.records import Prompt, Rollout, Row, Totals
-from raykd.replay import ReplayBuffer
 from raykd.rollout.requests import GenerationRequest
 from raykd.usage import Usage
 from raykd.weights import WeightUpdate
@@ -36,46 +34,29 @@ class Term:
 class Workers:
     """The fleets, the learner ranks and the replay buffer of one run."""
 
-    def __init__(self, experiment: Experiment, facts: ModelFacts) -> None:
-        rollout, teachers, learner = experiment.rollout, experiment.teachers, experiment.learner
-        self._placement = Placement(
-            [learner.gpus] * learner.ranks + [teachers.gpus] * experiment.num_teachers + [rollout.gpus] * experiment.num_rollouts,
-            crowded=experiment.threads() > ray.cluster_resources().get("CPU", 0),
-        )
-        create = self._placement.create
-        ranks = [
-            create(LearnerActor, learner, facts, r, gpus=learner.gpus, threads=learner.threads) for r in range(learner.ranks)
-        ]
-        scorers = [
-            create(
-                TeacherActor, teachers, facts, experiment.mixes(), gpus=teachers.gpus, threads=teachers.threads, restarts=RESTARTS
-            )
-            for _ in range(experiment.num_teachers)
-        ]
-        writers = [
-            create(RolloutActor, rollout, facts, gpus=rollout.gpus, threads=rollout.engine.threads, restarts=RESTARTS)
-            for _ in range(experiment.num_rollouts)
-        ]
-        self.learner = LearnerGang(ranks, learner.deadline_s)
-        self.teachers = Fleet("teacher", scorers, teachers.engine.deadline_s) if scorers else None
-        self.rollouts = Fleet("rollout", writers, rollout.engine.deadline_s) if writers else None
-        self._sleepers = [
-            fleet
-            for fleet, sleeps in ((self.rollouts, rollout.sleep), (self.teachers, teachers.sleep and experiment.mixes()))
-            if fleet and sleeps
-        ]
+    def __init__(
+        self,
+        *,
+        learner: LearnerGang,
+        replay: Any,
+        usage: Usage,
+        teachers: Fleet | None = None,
+        rollouts: Fleet | None = None,
+        rater: Fleet | None = None,
+        sleepers: Sequence[Fleet] = (),
+        placement: Placement | None = None,
+    ) -> None:
+        """What has been started. ``sleepers``: whose engines give their GPU memory back between phases."""
+        self.learner, self.teachers, self.rollouts = learner, teachers, rollouts
+        self.replay, self.usage = replay, usage
+        self.sleepers, self._rater, self._placement = sleepers, rater, placement
         self._update: WeightUpdate | None = None
         self._loaded: Callable[[], WeightUpdate | None] = lambda: None
         self._published: WeakSet[WeightUpdate] = WeakSet()
         """Those that somebody may still load."""
         self._learner_version = 0
-        self.usage = Usage([lane for lane, used in (("rollout", writers), ("teacher", scorers), ("learner", ranks)) if used])
-        self.replay = ray.remote(ReplayBuffer).options(num_cpus=0).remote(experiment.seed)
-        raters = (
-            [create(RewardActor, experiment.reward, facts, gpus=0, threads=1, restarts=RESTARTS)] if experiment.reward else []
-        )
-        self._rater = Fleet("reward", raters, experiment.reward.deadline_s) if experiment.reward else None
-        self._start(scorers + writers + raters)
+        if rollouts:
+            rollouts.on_restart = self._reload
 
     @property
     def version(self) -> int:
@@ -101,7 +82,7 @@ class Workers:
         requests = _requests(prompts, samples, salt, temperature)
         with self.usage.measured("generate") as measured:
             handles = self.teachers.actors if self.teachers and teacher_share > 0 else []
-            num_shares = min(len(self.rollouts.actors), len(requests))
+            num_shares = min(self.rollouts.num_healthy, len(requests))
             calls = [
                 {
                     "requests": requests[i::num_shares],
@@ -111,23 +92,41 @@ class Workers:
                 }
                 for i in range(num_shares)
             ]
-            answers = self.rollouts.map("generate", calls)
+            answers = self._written(calls, update)
             rollouts: list[Rollout] = [answers[0][0]] * len(requests)
             for i, answer in enumerate(answers):
                 rollouts[i::num_shares] = answer
             measured.tokens = sum(len(rollout.tokens) for rollout in rollouts)
         return rollouts
 
+    def _written(self, calls: Sequence[dict[str, Any]], update: WeightUpdate | None) -> list[list[Rollout]]:
+        """Answers by the student of ``update``. A replica that nobody asked anything while it died and came back has its initial
+        weights, and answers as if nothing had been: it shows in the version."""
+        assert self.rollouts is not None
+        version = update.version if update else 0
+
+        def others(answers: Sequence[list[Rollout]]) -> list[int]:
+            return [index for index, answer in enumerate(answers) if answer[0].version != version]
+
+        answers = self.rollouts.map("generate", calls)
+        if update and (again := others(answers)):
+            self._broadcast(update)
+            for index, answer in zip(again, self.rollouts.map("generate", [calls[i] for i in again]), strict=True):
+                answers[index] = answer
+        if wrong := others(answers):
+            raise RuntimeError(f"replicas wrote with policy version {answers[wrong[0]][0].version} instead of {version}")
+        return answers
+
     def sleep(self) -> None:
         """The responses of a phase are written: engines that are to sleep give their GPU memory back until the next are asked."""
-        if self._sleepers:
+        if self.sleepers:
             with self.usage.measured("sleep"):
-                for fleet in self._sleepers:
+                for fleet in self.sleepers:
                     fleet.broadcast("sleep", {})
 
     def _make_room(self) -> None:
         """Engines that slept need the GPU memory that learner and teachers keep for later."""
-        if self._sleepers:
+        if self.sleepers:
             self.learner.all("free_cache")
             if self.teachers:
                 self.teachers.broadcast("free_cache", {})
@@ -140,11 +139,11 @@ class Workers:
         with self.usage.measured("score") as measured:
             measured.tokens = sum(len(rollout.tokens) for rollout in rollouts)
             order = {id(rollout): index for index, rollout in enumerate(rollouts)}
-            shares = [share for share in deal(unscored(rollouts), len(self.teachers.actors)) if share]
+            shares = [share for share in deal(unscored(rollouts), self.teachers.num_healthy) if share]
             calls = [{"rollouts": [row.rollout for row in share], "needs": needs, "top_k": top_k} for share in shares]
-            blocks = self.teachers.map("score", calls)
+            blocks = self.teachers.map("score", calls, kept=True)
         rows = [
-            replace(row, scores=scores, index=index, teacher_logprobs=logprobs[index])
+            replace(row, scores=scores if needs.distribution else None, index=index, teacher_logprobs=logprobs[index])
             for share, (scores, logprobs) in zip(shares, blocks, strict=True)
             for index, row in enumerate(share)
         ]
@@ -209,20 +208,8 @@ class Workers:
         fleets = [fleet for fleet in (self.teachers, self.rollouts, self._rater) if fleet]
         for actor in [*self.learner.ranks, self.replay, *(actor for fleet in fleets for actor in fleet.actors)]:
             ray.kill(actor)
-        self._placement.release()
-
-    def _start(self, replicas: list[Any]) -> None:
-        """Wait for the engines while the ranks load: every start-up error surfaces here, with its reason."""
-        if self._sleepers:  # vLLM measures what is free when it starts, and the ranks load in what it gives back
-            get([actor.ping.remote() for actor in replicas], START_DEADLINE_S, "starting the engines")
-            self.sleep()
-        address = get(self.learner.ranks[0].address.remote(), START_DEADLINE_S, "learner rank 0")
-        heads = get(self.teachers.actors[0].head.remote(), START_DEADLINE_S, "the teacher's head") if self.teachers else []
-        ranks = [rank.start.remote(address, heads) for rank in self.learner.ranks]
-        get([*(actor.ping.remote() for actor in replicas), *ranks], START_DEADLINE_S, "starting the workers")
-        if self.rollouts:
-            self.rollouts.on_restart = self._reload
-            choose_memory(self.learner.ranks[0], self.rollouts)
+        if self._placement:
+            self._placement.release()
 
     def _load(self, update: WeightUpdate | None) -> None:
         """Bring every rollout replica to ``update``."""
@@ -239,8 +226,10 @@ class Workers:
 
     def _broadcast(self, update: WeightUpdate) -> None:
         assert self.rollouts is not None
-        nodes = self.rollouts.broadcast("ping", {})
-        versions = self.rollouts.broadcast("load", {"update": within_reach(update, nodes)})
+        versions: list[int] = []
+        while not versions:  # all have died over it: the fleet waits for one that comes back, or says that none does
+            if nodes := self.rollouts.broadcast("ping", {}):
+                versions = self.rollouts.broadcast("load", {"update": within_reach(update, nodes)})
         if set(versions) != {update.version}:
             raise RuntimeError(f"rollout replicas hold policy versions {versions} after version {update.version} was published")
 
@@ -252,20 +241,6 @@ class Workers:
             for rank, rows in enumerate(deal(list(term.rows), len(self.learner.ranks))):
                 per_rank[rank].append(LossTerm(algorithm=term.algorithm, rows=rows, totals=totals, weight=term.weight))
         return per_rank
-
-
-def choose_memory(rank: Any, rollouts: Fleet) -> None:
-    """Weights that learner rank 0 publishes stay on its GPU where every replica is on it. Elsewhere they lie in its node's
-    memory, which is shown to other nodes if there are replicas, and NIXL is installed everywhere."""
-
-    def ask(method: str) -> Any:
-        return get(getattr(rank, method).remote(), START_DEADLINE_S, "learner rank 0")
-
-    gpus = {ask("gpu"), *chain(*rollouts.broadcast("gpus", {}))}
-    if len(gpus) == 1 and None not in gpus:
-        ask("publish_on_gpu")
-    elif {*rollouts.broadcast("ping", {})} != {ask("node")} and all(rollouts.broadcast("reads_other_nodes", {})):
-        ask("publish_between_nodes")
 
 
 def unscored(rollouts: Sequence[Rollout]) -> list[Row]:

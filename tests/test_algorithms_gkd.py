@@ -210,6 +210,12 @@ def test_top_k_without_the_tail_is_refused_where_leaking_mass_would_pay(of: OfDi
         TopK(k=4, of=of, tail=False)
 
 
+def test_top_k_of_adaptive_kl_is_refused() -> None:
+    """All other tokens, taken for one, could be its head."""
+    with pytest.raises(ValidationError, match="adaptive_kl"):
+        TopK.model_validate({"of": {"kind": "adaptive_kl"}})
+
+
 REWARDS = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.float64)
 """Of the responses 00, 01, 10, 11."""
 

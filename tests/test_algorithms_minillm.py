@@ -307,6 +307,14 @@ def test_presets_differ_from_the_default_only_where_they_should() -> None:
     }
 
 
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_plain_text_is_reduced_as_responses_are(share: float) -> None:
+    """The paper prints -log q of a whole text beside sums over responses; the public code takes means over tokens of both."""
+    for algorithm in (MiniLLM.paper(), MiniLLM(), MiniLLM.lmops()):
+        text = algorithm.model_copy(update={"text_distillation": share}).text
+        assert text is not None and text.algorithm.reduction == algorithm.reduction
+
+
 PRESETS = {"paper": MiniLLM.paper(), "lmops": MiniLLM.lmops()}
 
 

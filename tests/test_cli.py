@@ -1,16 +1,19 @@
 """Bad input gets one sentence naming field, value and remedy, before any actor starts."""
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from example_text import text
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from raykd import cli
 from raykd.algorithms import KD, SFT
 from raykd.experiment import EvaluationConfig, Experiment, LearnerConfig, Model, Stage
 from raykd.prompts import Pairs
+from raykd.run import prepare
 
 LLAMA = {
     "model_type": "llama",
@@ -49,7 +52,7 @@ def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     return " ".join((captured.out + captured.err).split())
 
 
-def write(path: Path, rows: list[dict[str, str]]) -> str:
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -70,6 +73,9 @@ def test_bad_input_is_named_with_its_field_and_a_remedy(
     empty = write(tmp_path / "empty.jsonl", [])
     unnamed = write(tmp_path / "unnamed.jsonl", [{"prompt": "a", "response": "b"}, {"question": "c", "response": "d"}])
     few = write(tmp_path / "few.jsonl", [{"prompt": "a", "response": "b"}])
+    broken = str(tmp_path / "broken.jsonl")
+    Path(broken).write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "resp')
+    chats = write(tmp_path / "chats.jsonl", [{"prompt": [{"role": "user", "content": "a"}], "response": "b"}])
     cases = {
         ("--teacher.path", "./no/such/model"): [
             "teacher.path ./no/such/model",
@@ -88,6 +94,11 @@ def test_bad_input_is_named_with_its_field_and_a_remedy(
             "learner.lora.targets: llama has no linear layers named query that can be adapted",
             "it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         ],
+        ("--data.prompt", "question"): ["'question' names no field of the rows", "write one as {name}"],
+        ("--data.prompt", "{question"): ["'{question' is no template", "a field is {name}"],
+        ("--data.path", broken): [broken, "cannot be read", "JSON parse error"],
+        ("--data.path", chats): ["chats.jsonl, row 1: field 'prompt' is no text but a list"],
+        ("--data.split", "train[100%:]"): ["split train[100%:]", "no data"],
         ("--stages.0.steps", "0"): ["stages.0", "steps", "greater than or equal to 1"],
         ("--stepps", "3"): ["--stepps"],
     }
@@ -95,6 +106,46 @@ def test_bad_input_is_named_with_its_field_and_a_remedy(
         said = complaint(capsys, monkeypatch, base, *options)
         for part in expected:
             assert part in said, f"{options}: {said}"
+
+
+@pytest.mark.parametrize(
+    ("scratch", "expected"),
+    [
+        ({"hidden_size": 64}, "student.scratch: model_type '' is no architecture of transformers"),
+        ({"model_type": "lama"}, "student.scratch: model_type 'lama' is no architecture"),
+        (LLAMA | {"hiden_size": 64}, "student.scratch: llama has no field hiden_size; it has "),
+        (LLAMA | {"hidden_size": "64"}, "student.scratch: "),
+        ({"model_type": "t5"}, "student: t5 is an encoder-decoder model"),
+    ],
+)
+def test_an_architecture_that_cannot_be_made_is_refused(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    scratch: dict[str, Any],
+    expected: str,
+):
+    base = experiment(tmp_path / "runs")
+    wrong = Model(path=base.student.path, scratch=scratch)
+    assert expected in complaint(capsys, monkeypatch, base.model_copy(update={"student": wrong}))
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    base = experiment(tmp_path / "runs")
+    folder = tmp_path / "bare"
+    shutil.copytree(base.student.path, folder)
+    AutoConfig.for_model(**LLAMA).save_pretrained(folder)
+    bare = base.model_copy(update={"teacher": Model(path=str(folder))})
+    assert f"teacher.path {folder} has a configuration and no weights" in complaint(capsys, monkeypatch, bare)
+
+
+def test_it_is_said_how_many_rows_are_left_out(tmp_path: Path):
+    base = experiment(tmp_path / "runs").model_copy(update={"max_prompt": 8})
+    tokenizer = AutoTokenizer.from_pretrained(base.student.path)
+    rows = [{"prompt": "a", "response": "b"}] * 5 + [{"prompt": "a word " * 20, "response": "b"}] * 2
+    data = base.data.model_copy(update={"path": write(tmp_path / "long.jsonl", rows)})
+    said = prepare(base.model_copy(update={"data": data}), tokenizer).left_out
+    assert said.endswith("long.jsonl: 5 of 7 rows are used, the others are too long for max_prompt 8")
 
 
 def test_a_quantised_model_is_refused_where_it_cannot_be_used(

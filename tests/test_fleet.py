@@ -1,13 +1,28 @@
-"""What an actor's process is given at its start."""
+"""What an actor's process is given at its start, and what a fleet does about those that die."""
 
 import os
 import platform
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import ray
+from ray.exceptions import RayActorError
 
-from raykd.fleet import environment
+from raykd.fleet import Fleet, environment
+from raykd.records import Prompt
+from raykd.usage import Usage
+from raykd.weights import WeightUpdate
+from raykd.workers import Workers
+
+PROMPTS = [Prompt(id=str(i), tokens=(1,), response=()) for i in range(2)]
 
 COUNT_FAULTS = """
 import resource, numpy
@@ -46,3 +61,118 @@ def test_the_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     assert not {"GLIBC_TUNABLES", "OMP_WAIT_POLICY"} & set(environment(1, on_cpu=True, crowded=True))
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    ray.shutdown()  # of the tests before
+    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+def replicas(count: int, poison: Path) -> list[Any]:
+    """Actors that make blocks and load versions; the first that loads where there is ``poison`` dies of it."""
+
+    class Replica:
+        version = 0
+
+        def apply(self, func: Any) -> Any:
+            return func(self)
+
+        def ping(self) -> str:
+            return ray.get_runtime_context().get_node_id()
+
+        def make(self, size: int) -> tuple[np.ndarray, int]:
+            return np.arange(size), os.getpid()
+
+        def read(self, block: np.ndarray) -> int:
+            return int(block.sum())
+
+        def generate(self, requests: list[Any], **_: Any) -> list[Any]:
+            return [SimpleNamespace(version=self.version, tokens=(1,)) for _ in requests]
+
+        def load(self, update: WeightUpdate) -> int:
+            if poison.exists():
+                poison.unlink()
+                os._exit(1)
+            self.version = update.version
+            return update.version
+
+    return [ray.remote(Replica).options(num_cpus=0, max_restarts=3).remote() for _ in range(count)]
+
+
+def restarted(actor: Any) -> None:
+    """Kill it, and wait until it is back."""
+    before = ray.get(actor.make.remote(1))[1]
+    ray.kill(actor, no_restart=False)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        with suppress(RayActorError):
+            if ray.get(actor.make.remote(1), timeout=60)[1] != before:
+                return
+        time.sleep(0.2)
+    raise TimeoutError("the actor has not come back")
+
+
+@pytest.mark.stack
+def test_what_a_replica_made_outlives_it(cluster: None, tmp_path: Path) -> None:
+    """Small and large: Ray keeps them in different places."""
+    sizes = [10, 1_000_000]
+    actors = replicas(2, tmp_path / "poison")
+    made = Fleet("teacher", actors, 60.0).map("make", [{"size": size} for size in sizes], kept=True)
+    assert len({process for _, process in made}) == 2
+    for actor in actors:
+        ray.kill(actor)
+    (reader,) = replicas(1, tmp_path / "poison")
+    for size, (block, _) in zip(sizes, made, strict=True):
+        assert ray.get(reader.read.remote(block), timeout=60) == size * (size - 1) // 2
+
+
+def update(version: int) -> WeightUpdate:
+    return WeightUpdate(version=version, buckets=(), bytes=0, node=ray.get_runtime_context().get_node_id())
+
+
+def workers_of(rollouts: Fleet) -> Workers:
+    nobody: Any = None
+    return Workers(learner=nobody, replay=None, usage=Usage(["rollout"]), rollouts=rollouts)
+
+
+@pytest.mark.stack
+def test_the_only_replica_may_die_of_new_weights_and_gets_them_again(
+    cluster: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    poison = tmp_path / "poison"
+    (actor,) = replicas(1, poison)
+    workers = workers_of(Fleet("rollout", [actor], 60.0))
+    poison.touch()
+    with caplog.at_level("WARNING"):
+        written = workers.generate(PROMPTS, update(3), samples=1, teacher_share=0.0, max_tokens=1, salt=0)
+    assert [rollout.version for rollout in written] == [3, 3]
+    assert "rollout replica 0 has died" in caplog.text and "rollout replicas 0 are back" in caplog.text
+
+
+@pytest.mark.stack
+def test_a_replica_that_came_back_while_nobody_asked_does_not_write_by_its_initial_weights(cluster: None, tmp_path: Path) -> None:
+    actors = replicas(2, tmp_path / "poison")
+    workers = workers_of(Fleet("rollout", actors, 60.0))
+    newest = update(2)
+
+    def write() -> list[int]:
+        written = workers.generate(PROMPTS, newest, samples=2, teacher_share=0.0, max_tokens=1, salt=0)
+        return [rollout.version for rollout in written]
+
+    assert write() == [2, 2, 2, 2]
+    restarted(actors[1])
+    assert write() == [2, 2, 2, 2]
+
+
+@pytest.mark.stack
+def test_work_is_shared_out_among_those_that_are_left(cluster: None, tmp_path: Path) -> None:
+    actors = replicas(3, tmp_path / "poison")
+    fleet = Fleet("teacher", actors, 60.0)
+    assert fleet.num_healthy == 3
+    ray.kill(actors[1])
+    assert len(fleet.map("make", [{"size": 1}] * fleet.num_healthy)) == 3
+    assert fleet.num_healthy == 2
+    assert len({process for _, process in fleet.map("make", [{"size": 1}] * 2)}) == 2

@@ -17,15 +17,15 @@ ROWS = (
     ("algorithms", "prompts", "replay", "sharing", "gpu_sharing", "between_nodes", "weights", "tracking", "usage", "experiment"),
     ("collate", "rank", "lora", "student", "engine"),
     ("rollout", "teacher", "reward", "learner"),
-    ("actors", "fleet", "evaluation", "planning", "report"),
-    ("workers", "phases", "validation", "train"),
+    ("actors", "fleet", "evaluation", "report"),
+    ("workers", "start", "phases", "validation", "train"),
     ("run", "cli", "commands"),
 )
 STRANGERS = {"rollout", "teacher", "reward", "learner"}
 """Workers never import each other."""
 
 HOMES = {
-    "ray": {"actors", "fleet", "workers", "replay", "run"},
+    "ray": {"actors", "fleet", "workers", "start", "replay", "run"},
     "vllm": {"engine", "rollout", "teacher"},
     "deepspeed": {"learner"},
     "wandb": {"tracking"},

@@ -12,12 +12,14 @@ from ray.exceptions import RayActorError
 from small_runs import MAX_PROMPT, ON_CPU, prompts, save_teacher
 
 from raykd.actors import ModelFacts
-from raykd.algorithms import SFT, MiniLLM
+from raykd.algorithms import GKD, SFT, MiniLLM
+from raykd.algorithms.base import Needs
 from raykd.experiment import Experiment, LearnerConfig, Model, Optimiser, RolloutConfig, Stage, TeacherConfig
 from raykd.prompts import Documents, Pairs, eos_id
 from raykd.records import Rollout, Source
 from raykd.run import connect
 from raykd.sharing import Region
+from raykd.start import start_workers
 from raykd.weights import WeightUpdate
 from raykd.workers import Term, Workers, unscored
 
@@ -55,7 +57,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
         max_length=experiment.max_length,
         seed=0,
     )
-    started = Workers(experiment, facts)
+    started = start_workers(experiment, facts)
     started.begin(Optimiser(learning_rate=1e-3))
     for _ in range(2):
         learn(started)
@@ -108,6 +110,8 @@ def test_a_replica_killed_in_the_middle_of_a_mixed_batch_loses_and_doubles_nothi
     assert {rollout.source for rollout in undisturbed} == {Source.MIXED} and {r.version for r in undisturbed} == {2}
     assert workers.rollouts is not None and workers.teachers is not None
     killed: Any = (workers.rollouts if victim == "rollout" else workers.teachers).actors[0]
+    scored = [Term(algorithm=GKD(), rows=workers.score(undisturbed, Needs.DISTRIBUTION))]
+    divergence = workers.evaluate(scored)
     process = look(killed, lambda _: __import__("os").getpid())
     written: list[Rollout] = []
     writing = threading.Thread(target=lambda: written.extend(write(workers)))
@@ -122,6 +126,8 @@ def test_a_replica_killed_in_the_middle_of_a_mixed_batch_loses_and_doubles_nothi
     assert [(rollout.prompt_id, rollout.sample) for rollout in written] == expected, "each once, in the order asked"
     assert [r.tokens for r in written] == [r.tokens for r in undisturbed], "seeds know nothing of replicas"
     assert [r.finished for r in written] == [r.finished for r in undisturbed]
+
+    assert workers.evaluate(scored) == divergence, "scores outlive the teacher that made them"
 
     wait_until(lambda: is_alive(killed), "the restart")
     assert look(killed, lambda _: __import__("os").getpid()) != process

@@ -72,6 +72,7 @@ def test_files_are_read_whatever_their_form(tmp_path: Path):
     zipped.write_bytes(gzip.compress(plain.read_bytes()))
     assert read_rows(Pairs(path=str(plain))) == read_rows(Pairs(path=str(zipped))) == rows
     assert read_rows(Pairs(path=str(plain), limit=1)) == rows[:1]
+    assert read_rows(Pairs(path=str(plain), split="train[1:]")) == rows[1:], "what is held back of a data set stays so in a file"
 
 
 @pytest.mark.parametrize(

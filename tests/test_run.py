@@ -30,6 +30,7 @@ from raykd.experiment import (
 from raykd.prompts import Documents, Pairs, eos_id
 from raykd.records import Rollout, Scores, Source
 from raykd.run import Result, connect, run
+from raykd.start import start_workers
 from raykd.weights import unpack, verify
 from raykd.workers import Term, Workers, unscored
 
@@ -193,7 +194,7 @@ def self_distillation(teacher: Path, finished: Result, tmp_path_factory: pytest.
         max_length=same.max_length,
         seed=0,
     )
-    workers = Workers(same, facts)
+    workers = start_workers(same, facts)
     yield workers
     workers.close()
 

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import Future
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from pydantic import ValidationError
@@ -148,7 +148,7 @@ class Calls:
     """A fleet, or the learner's ranks, that write down what they are told."""
 
     def __init__(self, name: str, into: list[str]) -> None:
-        self._name, self._into, self.actors = name, into, ["replica"]
+        self._name, self._into, self.actors, self.num_healthy = name, into, ["replica"], 1
 
     def broadcast(self, method: str, call: dict[str, Any]) -> list[Any]:
         self._into.append(f"{self._name} {method}")
@@ -156,7 +156,7 @@ class Calls:
 
     def map(self, method: str, calls: list[dict[str, Any]]) -> list[Any]:
         self._into.append(f"{self._name} {method}")
-        return [[SimpleNamespace(tokens=(1,))] * len(call["requests"]) for call in calls]
+        return [[SimpleNamespace(tokens=(1,), version=0)] * len(call["requests"]) for call in calls]
 
     def all(self, method: str, *arguments: Any) -> list[Any]:
         return self.broadcast(method, {})
@@ -165,10 +165,16 @@ class Calls:
 @pytest.mark.parametrize("sleeps", [True, False])
 def test_learner_and_teachers_make_room_before_engines_wake(sleeps: bool):
     told: list[str] = []
-    workers: Any = object.__new__(Workers)
-    workers.rollouts, workers.teachers, workers.learner = (Calls(name, told) for name in ("rollout", "teacher", "learner"))
-    workers.usage, workers._sleepers = Usage(["rollout"]), [workers.rollouts] if sleeps else []
-    prompt = SimpleNamespace(id="p", tokens=(1,))
+    rollouts, teachers, learner = (cast("Any", Calls(name, told)) for name in ("rollout", "teacher", "learner"))
+    workers = Workers(
+        learner=learner,
+        teachers=teachers,
+        rollouts=rollouts,
+        replay=None,
+        usage=Usage(["rollout"]),
+        sleepers=[rollouts] if sleeps else [],
+    )
+    prompt: Any = SimpleNamespace(id="p", tokens=(1,))
     workers.generate([prompt], None, samples=1, teacher_share=0.0, max_tokens=1, salt=0)
     workers.sleep()
     around = (["learner free_cache", "teacher free_cache"], ["rollout sleep"]) if sleeps else ([], [])

@@ -19,6 +19,7 @@ from raykd.payloads import payload_bytes
 from raykd.records import Rollout, Row, Source, Totals
 from raykd.student import Student
 from raykd.teacher import PROBE_EVERY, Teacher
+from raykd.teacher.heads import head_in_checkpoint
 
 SETTINGS: dict[str, Any] = {"dtype": torch.float32, "vocab_size": VOCAB, "chunk": 4, "activation_checkpointing": False}
 TEXTS = [((1, 2, 3), (7, 8, 9, 10)), ((4, 5), (11,)), ((1, 2, 3), (12, 13)), ((), (14, 15, 16)), ((6,), ())]
@@ -67,6 +68,39 @@ def test_without_need_of_every_log_prob_the_probe_is_sparse_and_starts_at_the_fi
         assert looked_at == list(range(first, 40, PROBE_EVERY))
         torch.testing.assert_close(found.logprobs[looked_at], expected.logprobs[looked_at])
         torch.testing.assert_close(found.log_normaliser[looked_at], expected.log_normaliser[looked_at])
+
+
+def head_alone(folder: str) -> Any:
+    return head_in_checkpoint(folder, torch.float32)
+
+
+@pytest.mark.parametrize(("load", "wrong"), [(make_teacher, (1.0, None)), (head_alone, (1.0, None)), (head_alone, (0.125, 30.0))])
+def test_an_architecture_that_does_more_to_its_logits_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: Any, wrong: tuple[float, float | None]
+) -> None:
+    folder = saved_model(tmp_path, "granite", ARCHITECTURES["granite"])
+    load(folder)
+    for module in ("student", "teacher.heads"):
+        monkeypatch.setattr(f"raykd.{module}.logit_scale_and_softcap", lambda config: wrong)
+    with pytest.raises(ValueError, match="the logits of granite are not its linear head"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("recurrent_gemma", {"logits_soft_cap": 3.0, "lru_width": 32, "block_types": ["recurrent", "attention"]}),
+        (
+            "falcon_h1",
+            {"lm_head_multiplier": 0.02, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16},
+        ),
+    ],
+)
+def test_scales_and_caps_by_other_names_are_known(tmp_path: Path, kind: str, fields: dict[str, Any]) -> None:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    folder = saved_model(tmp_path, kind, sizes | {"head_dim": 8, "num_key_value_heads": 2, "pad_token_id": 0} | fields)
+    make_teacher(folder)
+    head_in_checkpoint(folder, torch.float32)
 
 
 def test_what_has_fewer_bytes_is_sent(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from raykd.actors import LearnerActor, ModelFacts, RolloutActor, within_reach
 from raykd.experiment import EngineConfig, LearnerConfig, RolloutConfig
 from raykd.fleet import Fleet
 from raykd.rollout.requests import GenerationRequest
+from raykd.start import choose_memory
 from raykd.weights import Shelves, WeightUpdate, unpack, verify
-from raykd.workers import choose_memory
 
 pytestmark = pytest.mark.stack
 

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from rich.console import Console
@@ -83,15 +82,10 @@ class InProcess(Workers):
             pad_id=facts.eos_ids[0],
             teacher_head=teacher.head() if teacher else None,
         )
-        self.learner: Any = Only(learner)
-        self.teachers: Any = Only(ScoringTeacher(teacher, facts.eos_ids)) if teacher else None
-        self.rollouts: Any = Only(Writer(facts)) if teacher else None
-        self.replay: Any = ReplayBuffer(experiment.seed)
-        self._sleepers = []
-        self._update, self._loaded = None, lambda: None
-        self._published = WeakSet()
-        self._learner_version = 0
-        self.usage = Usage(("learner",), clock=time.process_time)
+        parts: dict[str, Any] = {"learner": Only(learner), "replay": ReplayBuffer(experiment.seed)}
+        if teacher:
+            parts |= {"teachers": Only(ScoringTeacher(teacher, facts.eos_ids)), "rollouts": Only(Writer(facts))}
+        super().__init__(**parts, usage=Usage(("learner",), clock=time.process_time))
 
     def call_replay(self, method: str, *arguments: Any) -> Any:
         return getattr(self.replay, method)(*arguments)
@@ -99,6 +93,8 @@ class InProcess(Workers):
 
 class Only:
     """A gang of one rank and a fleet of one replica, called directly."""
+
+    num_healthy = 1
 
     def __init__(self, worker: Any) -> None:
         self.ranks = self.actors = [worker]
@@ -112,7 +108,7 @@ class Only:
         """As ``LearnerGang.all``."""
         return [getattr(self._worker, method)(*arguments)]
 
-    def map(self, method: str, calls: Sequence[Mapping[str, Any]]) -> list[Any]:
+    def map(self, method: str, calls: Sequence[Mapping[str, Any]], *, kept: bool = False) -> list[Any]:
         """As ``Fleet.map``."""
         return [getattr(self._worker, method)(**call) for call in calls]
 

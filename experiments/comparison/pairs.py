@@ -56,7 +56,7 @@ def _of_suite(pair: Pair, tokenizer: Any) -> list[Question]:
 def _stories(size: str, level: float) -> Pair:
     return Pair(
         experiment=partial(stories.stories, size=size),
-        suite=Suite(name="stories", data=Pairs(path="", prompt="", response="")),
+        suite=Suite(name="stories", data=Pairs(path="")),
         questions=_of_stories,
         decoding=Decoding(seeds=(10, 20, 30, 40)),
         level=level,

@@ -102,8 +102,9 @@ class MiniLLM(Algorithm):
     def text(self) -> TextTerm | None:
         if self.text_coefficient == 0:
             return None
-        share = self.text_distillation
-        return TextTerm(KD(data_weight=1 - share) if share > 0 else SFT(), self.text_coefficient)
+        share, reduction = self.text_distillation, self.reduction  # as printed: -log q of a whole text
+        algorithm = KD(data_weight=1 - share, reduction=reduction) if share > 0 else SFT(reduction=reduction)
+        return TextTerm(algorithm, self.text_coefficient)
 
     def advantages(self, log_ratios: Tensor, mask: Tensor) -> Tensor:
         """R_t of log p - log q_old: the return of the rewards after t (from t on with ``include_current_reward``); ``[B, T]``."""

@@ -106,13 +106,14 @@ class AlphaBeta(TokenDivergence):
 
 
 OfDistributions = Annotated[
-    ForwardKL | ReverseKL | JSD | SkewForwardKL | SkewReverseKL | AdaptiveKL | TotalVariation | Jeffreys | AlphaBeta,
+    ForwardKL | ReverseKL | JSD | SkewForwardKL | SkewReverseKL | TotalVariation | Jeffreys | AlphaBeta,
     Field(discriminator="kind"),
 ]
+"""Adaptive KL is left out: all other tokens, taken for one, could be the most probable of all, and be its head."""
 
 
 class TopK(TokenDivergence):
-    """A divergence seen through the teacher's k most probable tokens and one event for all others: a lower bound of it.
+    """A divergence seen through the teacher's k most probable tokens and one event for all others; an f-divergence's lower bound.
 
     Without ``tail`` both distributions are renormalised on the k tokens. What the student puts elsewhere is then not seen, and a
     divergence that weighs by the student's mass is smallest where all of it has leaked out: only forward KL may do without.

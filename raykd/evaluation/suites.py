@@ -44,7 +44,9 @@ class Suite(_Suite):
     @model_validator(mode="after")
     def _has_a_reference(self) -> Self:
         if self.data.response is None:
-            raise ValueError(f"suite {self.name}: data.response is not set; name the field of the reference answer")
+            raise ValueError(
+                f"suite {self.name}: data.response is not set; give a template of the reference answer, e.g. '{{answer}}'"
+            )
         return self
 
 
@@ -128,7 +130,8 @@ def _find(name: str, others: Suite) -> Suite | LabelSuite:
             "or give a file (.jsonl) or a Hub data set (owner/name@split)"
         )
     path, _, split = name.partition("@")
-    data = others.data.model_copy(update={"path": path, "split": split or "test"})
+    all_of_it = "train" if Path(path).is_file() else "test"
+    data = others.data.model_copy(update={"path": path, "split": split or all_of_it})
     return others.model_copy(update={"name": name, "data": data})
 
 

@@ -93,7 +93,9 @@ class Experiment(Value):
                     "name plain text, or set text_coefficient to 0"
                 )
             if Source.DATASET in algorithm.writers and isinstance(self.data, Pairs) and self.data.response is None:
-                raise ValueError(f"{where} learns from reference answers, but data.response is not set; name the field")
+                raise ValueError(
+                    f"{where} learns from reference answers, but data.response is not set; give a template, e.g. '{{answer}}'"
+                )
             if algorithm.needs_reward and self.reward is None:
                 raise ValueError(f"{where} has a reward_weight, but reward is not set; name a function or a classifier")
             if isinstance(algorithm, DistiLLM) and algorithm.schedule.step > 0:
@@ -129,7 +131,8 @@ class Experiment(Value):
             )
         if measure != "reverse_kl" and isinstance(self.data, Pairs) and self.data.response is None:
             raise ValueError(
-                f"{who} the held-out {measure} of reference answers, but data.response is not set; name the field, or {otherwise}"
+                f"{who} the held-out {measure} of reference answers, but data.response is not set; give their template, or "
+                f"{otherwise}"
             )
         if measure in ("forward_kl", "reverse_kl") and self.teacher is None:
             raise ValueError(f"{who} the held-out {measure}, but teacher is not set; name a model, or {otherwise}")

@@ -106,6 +106,8 @@ class EngineThread:
                 with STEPPING:
                     self._admit(engine)
                     outputs = engine.step() if self._running else []
+                    if self._running and not outputs:
+                        self._sessions.give_way()
                 self._deliver(outputs)
         except BaseException as error:  # whatever ends this thread, no caller may wait for ever
             failure = error

@@ -133,12 +133,23 @@ class Sessions:
 
     def make_room(self, num_running: int) -> None:
         """End the texts that have rested longest while others wait for their place or their memory."""
-        client: Any = self._engine.engine_core  # in this process
-        scheduler = client.engine_core.scheduler
+        scheduler = self._scheduler
         while self._at_rest and (
             num_running + len(self._at_rest) > scheduler.max_num_running_reqs or scheduler.get_kv_cache_usage() > CROWDED
         ):
             self.end(next(iter(self._at_rest)))
+
+    def give_way(self) -> None:
+        """End the one that has rested longest where a step had nothing to compute though requests wait: for more memory than is
+        free, which texts at rest would hold until they are continued, perhaps by an engine whose own texts wait for this one."""
+        if self._at_rest and not self._scheduler.running:
+            self.end(next(iter(self._at_rest)))
+
+    @property
+    def _scheduler(self) -> Any:
+        """vLLM's, in this process."""
+        client: Any = self._engine.engine_core
+        return client.engine_core.scheduler
 
     def _join(self, pieces: Sequence[Piece]) -> tuple[Sequence[Piece], range]:
         """Without those whose work the last one does, and the positions that it scores for them."""

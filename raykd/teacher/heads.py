@@ -1,16 +1,19 @@
 """The teacher's output head: of a model at hand, or read from its checkpoint alone."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from raykd.projection import Head
-from raykd.student import logit_scale_and_softcap
+from raykd.student import logit_scale_and_softcap, verify_head
 
+SMALL = {"num_hidden_layers": 1, "vocab_size": 64, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+LARGE = 100.0
 WEIGHTS = "model.safetensors"
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 REMEDY = "use a checkpoint whose head is not quantised"
@@ -32,13 +35,29 @@ def head_in_checkpoint(model: str, dtype: torch.dtype) -> Head:
     Quantised checkpoints leave the head as it was unless they say otherwise: the distribution is that head's, of the quantised
     body's states, as everybody computes it who serves such a checkpoint.
     """
+    config = AutoConfig.from_pretrained(model)
+    _verify_architecture(config, model)
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+        empty = AutoModelForCausalLM.from_config(config)
     head, output = head_of(empty), empty.get_output_embeddings()
     weight, bias = (_stored(model, empty, getattr(output, part, None), dtype) for part in ("weight", "bias"))
     if weight is None or weight.shape != head.weight.shape:
         raise ValueError(f"teacher {model}: its configuration and its checkpoint disagree about the shape of its head")
     return replace(head, weight=weight, bias=bias)
+
+
+def _verify_architecture(config: PreTrainedConfig, model: str) -> None:
+    """As ``verify_head``, of one random layer and a few tokens: the body is vLLM's. Logits are so large that any cap shows."""
+    small = deepcopy(config)
+    for name, value in SMALL.items():
+        if hasattr(small, name):
+            setattr(small, name, value)
+    if kinds := vars(small).get("layer_types"):
+        small.layer_types = kinds[:1]
+    random = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    head = head_of(random)
+    head.weight.mul_(LARGE)
+    verify_head(random, head, f"teacher {model}")
 
 
 def _stored(model: str, empty: PreTrainedModel, parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -12,6 +12,7 @@ from raykd.fused import fuse
 from raykd.packing import can_pack, packed, padded
 from raykd.projection import Head
 from raykd.records import Rollout
+from raykd.student import verify_head
 from raykd.teacher.heads import head_of
 
 
@@ -47,6 +48,7 @@ class PrefillStates:
         self._lay = packed if can_pack(causal) else padded
         self._batch_tokens, self._device = config.batch_tokens, device
         self.head = head_of(causal)
+        verify_head(causal, self.head, f"teacher {causal.name_or_path}")
 
     def of(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         found: list[Tensor] = [torch.empty(0)] * len(rollouts)

@@ -1,0 +1,98 @@
+"""Phases that are written ahead, with everything real but the engines."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from raykd.algorithms import DistiLLM, DistiLLM2
+from raykd.algorithms.distillm import AdaptiveSchedule
+from raykd.experiment import Stage
+from raykd.phases import Phases, Position
+from raykd.prompts import PromptStream
+from raykd.records import Prompt, Rollout, Row, Source
+from raykd.replay import ReplayBuffer
+from raykd.usage import Usage
+
+
+class Written:
+    """``Workers`` whose responses are one token long, and cost nothing."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.version, self.usage, self.buffer = 0, Usage([]), ReplayBuffer(0)
+        self.buffer.begin(stage.bounds)
+
+    def call_replay(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.buffer, method)(*arguments)
+
+    def publish(self) -> int:
+        return self.version
+
+    def sleep(self) -> None:
+        pass
+
+    def generate(self, prompts: list[Prompt], update: int, *, samples: int, teacher_share: float, **_: Any) -> list[Rollout]:
+        return [
+            Rollout(
+                prompt_id=prompt.id,
+                sample=sample,
+                prompt_tokens=prompt.tokens,
+                tokens=(5,),
+                source=Source.TEACHER if teacher_share == 1 else Source.STUDENT,
+                student_logprobs=(-1.0,),
+                version=update,
+            )
+            for prompt in prompts
+            for sample in range(samples)
+        ]
+
+    def score(self, rollouts: list[Rollout], *_: Any) -> list[Row]:
+        return [Row(rollout=rollout) for rollout in rollouts]
+
+
+@contextmanager
+def begun(stage: Stage) -> Any:
+    """The phases of a stage, their workers, and where they stand."""
+    workers: Any = Written(stage)
+    prompts = PromptStream([Prompt(id=str(i), tokens=(1,), response=(2,)) for i in range(100)], 0)
+    experiment: Any = SimpleNamespace(seed=0, max_response=1)
+    at = Position(held_out=[1.0])
+    with Phases(experiment, stage, workers, prompts, at) as phases:
+        yield phases, workers, at
+
+
+@pytest.mark.parametrize(("max_staleness", "oldest"), [(0, 10), (1, 4), (1, 10), (2, 10)])
+def test_rows_that_grow_stale_before_they_are_learned_from_are_written_anew(max_staleness: int, oldest: int) -> None:
+    """Written ever less often, from rows that are given out for so long: a phase decides ahead of the step that learns."""
+    schedule = AdaptiveSchedule(start=1.0, max_staleness=oldest)
+    stage = Stage(algorithm=DistiLLM(schedule=schedule), steps=300, batch_size=8, max_staleness=max_staleness)
+    num_written = 0
+    with begun(stage) as (phases, workers, at):
+        while at.step < stage.steps:
+            phase = phases.next()
+            num_written += bool(phase.rows)
+            if phase.rows and phase.mixture.keep:
+                workers.buffer.add(phase.rows)
+            rows = workers.buffer.sample(stage.batch_size, workers.version) if phase.mixture.replay else phase.rows
+            assert len(rows) == stage.batch_size
+            assert all(workers.version - row.rollout.version <= max(oldest, max_staleness) for row in rows)
+            at.step, at.total, workers.version = at.step + 1, at.total + 1, workers.version + 1
+    assert num_written < 0.8 * stage.steps
+
+
+@pytest.mark.parametrize(("batch_size", "samples"), [(8, 4), (4, 1), (16, 2)])
+def test_two_writers_answer_the_same_prompts_half_each(batch_size: int, samples: int) -> None:
+    stage = Stage(algorithm=DistiLLM2(), steps=1, batch_size=batch_size, samples_per_prompt=samples)
+    with begun(stage) as (phases, _, _):
+        rollouts = [row.rollout for row in phases.next().rows]
+    by_writer = {writer: [r.prompt_id for r in rollouts if r.source is writer] for writer in (Source.STUDENT, Source.TEACHER)}
+    assert len(rollouts) == batch_size
+    assert by_writer[Source.STUDENT] == by_writer[Source.TEACHER] and len(by_writer[Source.STUDENT]) == batch_size // 2
+
+
+@pytest.mark.parametrize(("batch_size", "samples"), [(12, 4), (5, 1), (32, 32)])
+def test_prompts_that_cannot_be_halved_are_refused(batch_size: int, samples: int) -> None:
+    with pytest.raises(ValidationError, match=rf"half of {batch_size} responses a phase is no whole number of prompts"):
+        Stage(algorithm=DistiLLM2(responses=batch_size), steps=1, batch_size=batch_size, samples_per_prompt=samples)
