@@ -87,9 +87,3 @@ def remaining_tokens(mask: Tensor, include_current: bool) -> Tensor:
     count = mask.long()
     from_here = count.flip(-1).cumsum(-1).flip(-1)
     return from_here if include_current else from_here - count
-
-
-def future_mean(rewards: Tensor, mask: Tensor) -> Tensor:
-    """Mean of the rewards strictly after t, 0 when there are none: MiniLLM's length-normalised return (arXiv 2306.08543, eq. 6,
-    whose printed divisor is one less than its number of terms); ``[B, T] -> [B, T]``."""
-    return future_returns(rewards, mask) / remaining_tokens(mask, include_current=False).clamp(min=1)

@@ -10,7 +10,6 @@ from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from raykd.payloads import Top
@@ -176,9 +175,3 @@ class Batch:
     """Whether the student wrote the response, alone or mixed with the teacher; [B] bool."""
     rewards: Tensor
     """[B] float32."""
-
-
-def response_mask(lengths: list[int], device: torch.device | str = "cpu") -> Tensor:
-    """[B, max(lengths)] bool, True on the first ``lengths[b]`` positions of row b."""
-    positions = torch.arange(max(lengths, default=0), device=device)
-    return positions < torch.tensor(lengths, device=device)[:, None]

@@ -108,4 +108,7 @@ def _start_wandb(run: Path, experiment: Mapping[str, Any], name: str, project: s
     online = bool(os.environ.get("WANDB_API_KEY"))
     settings = wandb.Settings(silent=True, console="off")
     mode = "online" if online else "offline"
-    return wandb.init(project=project, name=name, dir=run, config=dict(experiment), mode=mode, settings=settings)
+    try:
+        return wandb.init(project=project, name=name, dir=run, config=dict(experiment), mode=mode, settings=settings)
+    except wandb.Error as error:
+        raise ValueError(f"Weights & Biases: {error}; mend WANDB_API_KEY, or unset it to keep the numbers in {run}") from error

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from raykd.algorithms.base import Algorithm, Progress
 from raykd.logprobs import gather, mixture_logprobs
-from raykd.records import Batch, Rollout, Row, Source, Totals, response_mask
+from raykd.records import Batch, Rollout, Row, Source, Totals
 
 # Distributions over five tokens whose log-ratios are whole numbers of bits. In bits:
 # KL(STEEP || FLAT) = KL(FLAT || STEEP) = 1/4, KL(STEEP || TURNED) = KL(TURNED || STEEP) = 27/16.
@@ -26,6 +26,11 @@ class Case:
     teacher: Tensor
     """[B, T, V] log-probs."""
     batch: Batch
+
+
+def response_mask(lengths: list[int]) -> Tensor:
+    """[B, max(lengths)] bool, True on the first ``lengths[b]`` positions of row b."""
+    return torch.arange(max(lengths, default=0)) < torch.tensor(lengths)[:, None]
 
 
 def random_case(lengths: list[int], *, vocab: int = 5, seed: int = 0, share: float = 0.2, drift: float = 0.3) -> Case:

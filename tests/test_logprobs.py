@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
+from algorithm_cases import response_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from raykd.logprobs import (
     entropy,
-    future_mean,
     future_returns,
     gather,
     log_softmax,
@@ -19,10 +19,6 @@ from raykd.logprobs import (
     remaining_tokens,
     returns_to_go,
 )
-from raykd.records import response_mask
-
-REWARDS = torch.tensor([[-1.0, -2.0, -3.0, -0.5]], dtype=torch.float64)
-ALL = torch.ones(1, 4, dtype=torch.bool)
 
 
 def loop_returns(rewards: list[float], discount: float) -> list[float]:
@@ -77,17 +73,6 @@ def test_returns_equal_a_loop_whatever_stands_in_the_padding(rewards: list[float
     zeros = [0.0] * padding
     assert returns_to_go(padded, mask, discount)[0].tolist() == pytest.approx([*expected, *zeros], abs=1e-12)
     assert future_returns(padded, mask, discount)[0].tolist() == pytest.approx([*later, *zeros], abs=1e-12)
-
-
-def test_future_mean_of_the_minillm_example() -> None:
-    """Worked by hand: means of (-2, -3, -.5), (-3, -.5), (-.5) and of nothing."""
-    assert future_mean(REWARDS, ALL)[0].tolist() == pytest.approx([-5.5 / 3, -1.75, -0.5, 0.0], abs=1e-12)
-
-
-def test_future_mean_stops_at_the_end_of_the_response() -> None:
-    mask = response_mask([2, 0, 4])
-    rewards = torch.tensor([[-1.0, -2.0, 9.0, 9.0], [9.0] * 4, [1.0, 2.0, 3.0, 4.0]])
-    assert future_mean(rewards, mask).tolist() == [[-2, 0, 0, 0], [0, 0, 0, 0], [3, 3.5, 4, 0]]
 
 
 def test_remaining_tokens_counts_with_and_without_the_current_one() -> None:

@@ -59,3 +59,9 @@ def test_a_step_is_charged_with_its_own_time_whoever_works_ahead() -> None:
         "waiting/learner": 2.0,
     }
     assert shares(second) == {"rollout": 0.5, "teacher": 0.0, "learner": 0.5}
+
+
+def test_a_key_that_weights_and_biases_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(ValueError, match=r"Weights & Biases: .*; mend WANDB_API_KEY, or unset it"):
+        Tracker(tmp_path, {}, name="x", wandb=True, project="x", console=Console(quiet=True))
