@@ -14,7 +14,6 @@ from rollout_stack import (
     TINY_VOCABULARY,
     chosen_logprobs,
     folder,
-    new_engine,
     reference,
     reference_logprobs,
     wait,
@@ -250,17 +249,6 @@ def test_more_texts_than_an_engine_has_room_for_are_written_all_the_same():
     together = wait(write())
     for seed in (0, room + 39):
         assert together[seed] == wait(mixed_response(PROMPT, student, teacher, 0.5, 12, seed))
-
-
-def test_texts_at_rest_give_way_to_one_that_needs_more_memory_than_is_free():
-    """Two texts hold 10 of 14 blocks, fewer than are crowded, and a third needs 7."""
-    engine = new_engine(folder("tiny-q"), cpu_cache_gib=15 * 2**14 / 2**30, deadline_s=60.0)
-    blocks = engine._thread._sessions._scheduler.kv_cache_config.num_blocks
-    for first, length in ((1, 150), (2, 150), (3, 210), (1, 160)):
-        response = wait(engine.complete([first, *PROMPT * 300][:length], 2, 0, session=str(first)))
-        assert len(response.tokens) == 2 or response.finished
-    assert blocks == 15
-    engine.close()
 
 
 def test_a_response_that_fills_the_context_is_written_and_scored_to_its_end():

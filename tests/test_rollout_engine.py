@@ -359,3 +359,14 @@ def test_a_late_answer_is_an_error_and_frees_its_place():
         wait(engine.complete([1, 2], 200, seed=0))
     assert engine._thread.exclusive(lambda vllm: vllm.get_num_unfinished_requests()).result(timeout=60) == 0
     engine.close()
+
+
+def test_texts_at_rest_give_way_to_one_that_needs_more_memory_than_is_free():
+    """Two texts hold 10 of 14 blocks, fewer than are crowded, and a third needs 7."""
+    engine = new_engine(folder("tiny-q"), cpu_cache_gib=15 * 2**14 / 2**30, deadline_s=60.0)
+    blocks = engine._thread._sessions._scheduler.kv_cache_config.num_blocks
+    for first, length in ((1, 150), (2, 150), (3, 210), (1, 160)):
+        response = wait(engine.complete([first, *[2, 3, 4] * 100][:length], 2, 0, session=str(first)))
+        assert len(response.tokens) == 2 or response.finished
+    assert blocks == 15
+    engine.close()
