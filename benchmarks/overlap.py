@@ -63,10 +63,11 @@ class Sleepers:
         self.busy[verb] += seconds
         time.sleep(seconds)
 
-    def generate(self, prompts: Sequence[Prompt], update: int, *, samples: int, **_: Any) -> list[Rollout]:
+    def generate(self, prompts: Sequence[Prompt], update: int, *, samples: int, teacher_share: float, **_: Any) -> list[Rollout]:
         """Responses of one token by the version that ``update`` is."""
         self._work("generate", len(prompts) * samples)
-        common = {"tokens": (1,), "student_logprobs": (-1.0,), "source": Source.STUDENT, "version": update}
+        source = Source.TEACHER if teacher_share == 1 else Source.STUDENT
+        common = {"tokens": (1,), "student_logprobs": (-1.0,), "source": source, "version": update}
         return [
             Rollout(prompt_id=p.id, sample=sample, prompt_tokens=p.tokens, **common) for p in prompts for sample in range(samples)
         ]

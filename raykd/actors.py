@@ -131,10 +131,8 @@ class TeacherActor(_Replica):
             self._engine = VllmEngine(facts.teacher, facts.engine(config), facts.eos_ids)
 
     async def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None) -> tuple[Scores | None, list[Any]]:
-        """The block of scores, which is to stay in this node's object store, and log p of every token, each where needed."""
-        scores = await asyncio.to_thread(self._teacher.score, rollouts, needs, top_k)
-        logprobs = [tuple(values.tolist()) if needs.sampled else None for values in scores.logprobs_by_rollout()]
-        return (scores if needs.distribution else None), logprobs
+        """``Teacher.shared``; the block is to stay in this node's object store."""
+        return await asyncio.to_thread(self._teacher.shared, rollouts, needs, top_k)
 
     async def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
         return await asyncio.to_thread(self._teacher.answer, prompts, max_tokens, self._eos_ids)

@@ -51,7 +51,7 @@ class ReplayBuffer:
     def sample(self, count: int, version: int) -> list[Row]:
         """Up to ``count`` distinct rows that are fresh enough at policy version ``version``; their uses are spent.
 
-        Fewer come back when fewer are held: the caller then generates. Rows from the data set never grow stale. Where a writer
+        Fewer come back when fewer are held (``held`` tells beforehand). Rows from the data set never grow stale. Where a writer
         has too few rows for its share, others take their places.
         """
         self._drop_stale(version)

@@ -181,16 +181,17 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
     rows = read_rows(source)
     if isinstance(source, Documents):
         prompts = tokenise_documents(rows, source, tokenizer, max_response=experiment.max_response)
+        reason = f"too short for prompt_tokens {source.prompt_tokens}"
     else:
         prompts = tokenise_pairs(rows, source, tokenizer, max_prompt=experiment.max_prompt, max_response=experiment.max_response)
+        reason = f"too long for max_prompt {experiment.max_prompt}"
+    left_out = f"data {source.path}: {len(prompts):,} of {len(rows):,} rows are used, the others are {reason}"
     held_out = experiment.evaluation.prompts
     if len(prompts) <= held_out:
         raise ValueError(
             f"data {source.path} gives {len(prompts)} prompts, evaluation.prompts holds out {held_out}: "
             "nothing is left to train on; hold out fewer"
         )
-    bound = f"prompt_tokens {source.prompt_tokens}" if isinstance(source, Documents) else f"max_prompt {experiment.max_prompt}"
-    left_out = f"data {source.path}: {len(prompts):,} of {len(rows):,} rows are used, the others are too {{}} for {bound}"
     shuffled = PromptStream(prompts, seed=0).take(len(prompts))
     text = None
     if experiment.text is not None:
@@ -201,7 +202,7 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
         held_out=shuffled[:held_out],
         decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
         text=text,
-        left_out=left_out.format("short" if isinstance(source, Documents) else "long") if len(prompts) < len(rows) else "",
+        left_out=left_out if len(prompts) < len(rows) else "",
     )
 
 

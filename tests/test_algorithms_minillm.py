@@ -16,6 +16,7 @@ from algorithm_cases import (
     loss_and_gradient,
     make_case,
     random_case,
+    response_mask,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -196,6 +197,11 @@ def test_golden_advantages(algorithm: MiniLLM, expected: tuple[float, ...]) -> N
     batch = golden_batch()
     advantages = algorithm.advantages(batch.teacher_logprobs - batch.student_logprobs, batch.mask)
     assert advantages[0].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_mean_of_later_rewards_stops_at_the_end_of_the_response() -> None:
+    rewards = torch.tensor([[-1.0, -2.0, 9.0, 9.0], [9.0] * 4, [1.0, 2.0, 3.0, 4.0]])
+    assert MiniLLM().advantages(rewards, response_mask([2, 0, 4])).tolist() == [[-2, 0, 0, 0], [0, 0, 0, 0], [3, 3.5, 4, 0]]
 
 
 def test_golden_surrogate() -> None:

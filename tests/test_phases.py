@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from overlap import Sleepers
 from pydantic import ValidationError
 
 from raykd.algorithms import DistiLLM, DistiLLM2
@@ -12,50 +13,14 @@ from raykd.algorithms.distillm import AdaptiveSchedule
 from raykd.experiment import Stage
 from raykd.phases import Phases, Position
 from raykd.prompts import PromptStream
-from raykd.records import Prompt, Rollout, Row, Source
-from raykd.replay import ReplayBuffer
-from raykd.usage import Usage
-
-
-class Written:
-    """``Workers`` whose responses are one token long, and cost nothing."""
-
-    def __init__(self, stage: Stage) -> None:
-        self.version, self.usage, self.buffer = 0, Usage([]), ReplayBuffer(0)
-        self.buffer.begin(stage.bounds)
-
-    def call_replay(self, method: str, *arguments: Any) -> Any:
-        return getattr(self.buffer, method)(*arguments)
-
-    def publish(self) -> int:
-        return self.version
-
-    def sleep(self) -> None:
-        pass
-
-    def generate(self, prompts: list[Prompt], update: int, *, samples: int, teacher_share: float, **_: Any) -> list[Rollout]:
-        return [
-            Rollout(
-                prompt_id=prompt.id,
-                sample=sample,
-                prompt_tokens=prompt.tokens,
-                tokens=(5,),
-                source=Source.TEACHER if teacher_share == 1 else Source.STUDENT,
-                student_logprobs=(-1.0,),
-                version=update,
-            )
-            for prompt in prompts
-            for sample in range(samples)
-        ]
-
-    def score(self, rollouts: list[Rollout], *_: Any) -> list[Row]:
-        return [Row(rollout=rollout) for rollout in rollouts]
+from raykd.records import Prompt, Source
 
 
 @contextmanager
 def begun(stage: Stage) -> Any:
     """The phases of a stage, their workers, and where they stand."""
-    workers: Any = Written(stage)
+    workers: Any = Sleepers({"generate": 0.0, "score": 0.0})
+    workers.call_replay("begin", stage.bounds)
     prompts = PromptStream([Prompt(id=str(i), tokens=(1,), response=(2,)) for i in range(100)], 0)
     experiment: Any = SimpleNamespace(seed=0, max_response=1)
     at = Position(held_out=[1.0])
@@ -74,8 +39,8 @@ def test_rows_that_grow_stale_before_they_are_learned_from_are_written_anew(max_
             phase = phases.next()
             num_written += bool(phase.rows)
             if phase.rows and phase.mixture.keep:
-                workers.buffer.add(phase.rows)
-            rows = workers.buffer.sample(stage.batch_size, workers.version) if phase.mixture.replay else phase.rows
+                workers.call_replay("add", phase.rows)
+            rows = workers.call_replay("sample", stage.batch_size, workers.version) if phase.mixture.replay else phase.rows
             assert len(rows) == stage.batch_size
             assert all(workers.version - row.rollout.version <= max(oldest, max_staleness) for row in rows)
             at.step, at.total, workers.version = at.step + 1, at.total + 1, workers.version + 1

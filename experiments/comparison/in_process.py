@@ -125,9 +125,7 @@ class ScoringTeacher:
 
     def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None) -> tuple[Scores | None, list[Any]]:
         """As ``TeacherActor.score``."""
-        scores = self._teacher.score(rollouts, needs, top_k)
-        rows = [tuple(logprobs.tolist()) if needs.sampled else None for logprobs in scores.logprobs_by_rollout()]
-        return scores if needs.distribution else None, rows
+        return self._teacher.shared(rollouts, needs, top_k)
 
     def answer(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> list[tuple[int, ...]]:
         """As ``TeacherActor.answer``."""

@@ -65,6 +65,15 @@ class Teacher:
             sent[payload] = fetched(states if payload == "hidden" else self._ready_head(states))
         return Scores(offsets=offsets, log_normaliser=probe.log_normaliser, logprobs=probe.logprobs, **sent)
 
+    def shared(
+        self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None
+    ) -> tuple[Scores | None, list[tuple[float, ...] | None]]:
+        """``score`` for a learner and for the loop: the block where the distribution is needed, and of each response log p of its
+        tokens where those are."""
+        scores = self.score(rollouts, needs, top_k)
+        logprobs = [tuple(values.tolist()) if needs.sampled else None for values in scores.logprobs_by_rollout()]
+        return (scores if needs.distribution else None), logprobs
+
     def _top(self, states: Tensor, rollouts: Sequence[Rollout], offsets: tuple[int, ...], top_k: int) -> Scores:
         """The most probable tokens; the probe is their log-probs, where the response has one of them."""
         top = Top(*map(fetched, teacher_top(states, self._ready_head, top_k, self.vocab_size, self.config.chunk)))
