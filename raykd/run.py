@@ -74,13 +74,12 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
         seed=experiment.seed,
     )
     console.print(f"run directory {folder}; starting the workers", highlight=False, soft_wrap=True)
+    tracking, config = experiment.tracking, experiment.model_dump(mode="json")
+    # Before the workers: Weights & Biases may refuse its key.
+    tracker = Tracker(folder, config, name=folder.name, wandb=tracking.wandb, project=tracking.project, console=console)
     workers = start_workers(experiment, facts)
-    tracking = experiment.tracking
-    config = experiment.model_dump(mode="json")
     try:
-        with Tracker(
-            folder, config, name=folder.name, wandb=tracking.wandb, project=tracking.project, console=console
-        ) as tracker:
+        with tracker:
             at = restore_checkpoint(workers, data, folder) if resume else Position()
             before = {} if resume else measure(experiment, workers, data, tracker, at)
             after = train(experiment, workers, data, tracker, folder, at) or before

@@ -16,7 +16,8 @@ SHOWN = ("loss", "reverse_kl", "response_length")
 
 
 class Tracker:
-    """Writes one line of numbers per optimiser step or evaluation; ``with Tracker(...) as tracker: tracker.log(...)``."""
+    """Writes one line of numbers per optimiser step or evaluation; ``with Tracker(...) as tracker: tracker.log(...)``.
+    Their clock starts with the ``with``."""
 
     def __init__(
         self, run: Path, experiment: Mapping[str, Any], *, name: str, wandb: bool, project: str, console: Console
@@ -25,7 +26,6 @@ class Tracker:
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
         if self._file.tell() and not (run / "metrics.jsonl").read_bytes().endswith(b"\n"):
             self._file.write("\n")  # the line in which the run died stays its own
-        self._started = time.monotonic()
         self._wandb = _start_wandb(run, experiment, name, project) if wandb else None
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
@@ -40,6 +40,7 @@ class Tracker:
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
+        self._started = time.monotonic()
         self._progress.start()
         return self
 

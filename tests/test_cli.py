@@ -130,6 +130,19 @@ def test_an_architecture_that_cannot_be_made_is_refused(
     assert expected in complaint(capsys, monkeypatch, base.model_copy(update={"student": wrong}))
 
 
+def test_a_key_that_weights_and_biases_refuses_is_named_before_any_actor_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    monkeypatch.setattr("raykd.run.connect", lambda experiment: None)
+    monkeypatch.setattr("raykd.run.start_workers", lambda *_: pytest.fail("actors start"))
+    monkeypatch.setattr("sys.argv", ["experiment.py"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(experiment(tmp_path / "runs"))
+    assert stopped.value.code == 2
+    assert "Weights & Biases: " in capsys.readouterr().out
+
+
 def test_a_folder_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     base = experiment(tmp_path / "runs")
     folder = tmp_path / "bare"

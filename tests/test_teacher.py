@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_student import ARCHITECTURES, VOCAB, saved_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -72,6 +73,13 @@ def test_without_need_of_every_log_prob_the_probe_is_sparse_and_starts_at_the_fi
 
 def head_alone(folder: str) -> Any:
     return head_in_checkpoint(folder, torch.float32)
+
+
+def test_the_head_is_found_under_the_name_that_old_checkpoints_give_it(tmp_path: Path) -> None:
+    sizes = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    folder = saved_model(tmp_path, "gpt_neox", sizes | {"bos_token_id": 0, "eos_token_id": 0})
+    assert "embed_out.weight" in load_file(Path(folder) / "model.safetensors")
+    torch.testing.assert_close(head_alone(folder).weight, make_teacher(folder).head().weight, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("load", "wrong"), [(make_teacher, (1.0, None)), (head_alone, (1.0, None)), (head_alone, (0.125, 30.0))])

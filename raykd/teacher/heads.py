@@ -7,6 +7,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from raykd.projection import Head
@@ -61,14 +63,17 @@ def _verify_architecture(config: PreTrainedConfig, model: str) -> None:
 
 
 def _stored(model: str, empty: PreTrainedModel, parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A parameter's value, under any of its names: a tied head has the embedding's."""
+    """A parameter's value, under any of its names: a tied head has the embedding's, and old checkpoints may call it otherwise."""
     if parameter is None:
         return None
     names = [name for name, own in empty.named_parameters(remove_duplicate=False) if own is parameter]
+    renamings = [rule for rule in get_model_conversion_mapping(empty) if isinstance(rule, WeightRenaming)]
+    parameters = empty.state_dict()
     for path in _files(model):
         with safe_open(path, "pt") as file:
             for key in file.keys():  # noqa: SIM118  (it is no dictionary)
-                if key in names or f"{empty.base_model_prefix}.{key}" in names:
+                name, _ = rename_source_key(key, renamings, [], empty.base_model_prefix, parameters)
+                if name in names:
                     tensor = file.get_tensor(key)
                     if tensor.dtype not in PLAIN:
                         raise ValueError(f"teacher {model}: its head is quantised ({key} is {tensor.dtype}); {REMEDY}")
