@@ -268,6 +268,9 @@ class LearnerActor:
     def begin(self, optimiser: Optimiser) -> None:
         self._learner.begin(optimiser)
 
+    def tune(self, optimiser: Optimiser) -> None:
+        self._learner.tune(optimiser)
+
     def step(self, terms: Sequence[Any], learning_rate: float) -> dict[str, float]:
         return self._learner.step(terms, learning_rate)
 

@@ -19,7 +19,8 @@ KEEP_BRANCHES = (tyro.conf.AvoidSubcommands,)
 
 ALSO = """
 
-Also: --resume RUN goes on with a run directory from its newest checkpoint; --scale NAME takes another size of the same run, where
+Also: --resume RUN goes on with a run directory from its newest checkpoint, with the experiment that is written there and any
+options; --scale NAME takes another size of the same run, where
 the file has some; --show prints the experiment as JSON and stops."""
 
 
@@ -33,6 +34,8 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
     options, rest = _options(sorted(scales or {})).parse_known_args()
     try:
         if options.resume is not None:
+            if options.scale is not None:
+                raise ValueError(f"--scale {options.scale} is for new runs: one that goes on has the size that it began with")
             from raykd.run import load_experiment
 
             experiment = load_experiment(options.resume)
@@ -51,7 +54,7 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
     except ValueError as error:
         refuse(console, error)
     else:
-        console.print(f"student: {result.student}", highlight=False, soft_wrap=True)
+        console.print(f"student: {result.student}", highlight=False, soft_wrap=True, markup=False)
 
 
 def refuse(console: Console, error: ValueError) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,8 +14,9 @@ from tyro.extras import SubcommandApp
 
 from raykd.cli import refuse
 from raykd.evaluation.generate import Decoding
-from raykd.evaluation.suites import ALPACA, LabelSuite, Metric, Suite, find_suites
+from raykd.evaluation.suites import ALPACA, BUILT_IN, LabelSuite, Metric, Suite, find_suites
 from raykd.experiment import EngineConfig
+from raykd.prompts import Pairs
 from raykd.value import Value
 
 Flat = tyro.conf.arg(name="")
@@ -25,15 +27,24 @@ class Rows(Value):
     """The rows of suites that are files or Hub data sets."""
 
     prompt: str = ALPACA.prompt
-    """Template over a row's fields."""
-    prompt_without_input: str | None = ALPACA.prompt_without_input
-    """Template for rows in which a field is empty that the other names and this one does not."""
+    """Files and Hub data sets: template over a row's fields."""
+    prompt_without_input: str | None = None
+    """Files and Hub data sets: template for rows in which a field is empty that the other names and this one does not; by default
+    Alpaca's where the prompt is, too."""
     response: str = "{output}"
-    """Template of the reference answer."""
+    """Files and Hub data sets: template of the reference answer."""
     references: str | None = None
-    """Field with a list of accepted answers, where there are several."""
+    """Files and Hub data sets: field with a list of accepted answers, where there are several."""
     metric: Metric = Metric.ROUGE
-    """What is measured beside Rouge-L."""
+    """Files and Hub data sets: what is measured beside Rouge-L."""
+
+    def suite(self) -> Suite:
+        """What they have in common."""
+        without_input = self.prompt_without_input
+        if without_input is None and self.prompt == ALPACA.prompt:
+            without_input = ALPACA.prompt_without_input
+        data = Pairs(path="", prompt=self.prompt, prompt_without_input=without_input, response=self.response)
+        return Suite(name="", data=data, references=self.references, metric=self.metric)
 
 
 class Evaluate(Value):
@@ -61,35 +72,64 @@ class Evaluate(Value):
     harness_tasks: tuple[str, ...] = ()
     """Tasks of lm-evaluation-harness to run as well."""
     output: Path = Path("evaluation.json")
-    """Results; every answer goes to a .answers.jsonl beside it."""
+    """Results, a .json; every answer goes to a .answers.jsonl beside it."""
 
     def run(self, console: Console) -> None:
         from raykd.evaluation.evaluate import Evaluation, evaluate
         from raykd.evaluation.judge import Judge
 
+        suites = find_suites(self.suite, self.rows.suite())
+        self._check_options(suites)
         set_verbosity_error()  # a prompt too long for the model is left out, and counted
         evaluation = Evaluation(
             models=self.models,
             teacher=self.teacher,
-            suites=tuple(map(self._limited, find_suites(self.suite, self._others()))),
+            suites=tuple(map(self._limited, suites)),
             decoding=self.decoding,
             max_prompt=self.max_prompt,
             engine=self.engine,
             judge=Judge(url=self.judge_url, model=self.judge_model) if self.judge_url else None,
             harness_tasks=self.harness_tasks,
         )
+        self._check_output()
         results, answers = evaluate(evaluation, console)
         results.save(self.output)
         lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-        self.output.with_suffix(".answers.jsonl").write_text("".join(lines), encoding="utf-8")
+        self._answers.write_text("".join(lines), encoding="utf-8")
         for table in results.tables():
             console.print(table)
-        console.print(f"results: {self.output}", highlight=False, soft_wrap=True)
+        console.print(f"results: {self.output}", markup=False, highlight=False, soft_wrap=True)
 
-    def _others(self) -> Suite:
-        rows = self.rows
-        templates = {"prompt": rows.prompt, "prompt_without_input": rows.prompt_without_input, "response": rows.response}
-        return Suite(name="", data=ALPACA.model_copy(update=templates), references=rows.references, metric=rows.metric)
+    @property
+    def _answers(self) -> Path:
+        return self.output.with_suffix(".answers.jsonl")
+
+    def _check_options(self, suites: Sequence[Suite | LabelSuite]) -> None:
+        """Raise ValueError for an option that nothing would read."""
+        if self.judge_model and not self.judge_url:
+            raise ValueError(f"judge_model {self.judge_model} needs judge_url, the endpoint that serves it")
+        given = [name for name, value in self.rows if value != getattr(Rows(), name)]
+        if given and {suite.name for suite in suites} <= {suite.name for suite in BUILT_IN}:
+            raise ValueError(
+                f"{', '.join(given)} would change suites that are files or Hub data sets, and suite {self.suite} names none; "
+                "add one, or leave the option out"
+            )
+
+    def _check_output(self) -> None:
+        """Raise ValueError unless both files can be written, for an evaluation takes long."""
+        if self.output.suffix != ".json":
+            raise ValueError(f"output {self.output} does not end in .json; name a file, e.g. {self.output}.json")
+        try:
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            for file in (self.output, self._answers):
+                is_new = not file.exists()
+                file.open("a").close()
+                if is_new:
+                    file.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"output {self.output}: {error.filename} cannot be written ({error.strerror}); name another file"
+            ) from error
 
     def _limited(self, suite: Suite | LabelSuite) -> Suite | LabelSuite:
         changes = {"data": suite.data.model_copy(update={"limit": self.limit})}
@@ -109,7 +149,7 @@ class Report(Value):
     def run(self, console: Console) -> None:
         from raykd.report import write_report
 
-        console.print(f"report: {write_report(self.runs, self.output)}", highlight=False, soft_wrap=True)
+        console.print(f"report: {write_report(self.runs, self.output)}", markup=False, highlight=False, soft_wrap=True)
 
 
 class Dashboard(Value):

@@ -1,7 +1,7 @@
 """One DeepSpeed rank: rows of the replay buffer in, weights out. A plain class; nothing here knows who calls it.
 
     learner = Learner(folder, config=config, rank=rank, address=address, vocab_size=V, pad_id=0, teacher_head=head, fetch=ray.get)
-    learner.begin(optimiser)                                # a stage: AdamW starts afresh
+    learner.begin(optimiser)                                # a stage: AdamW starts afresh; tune(optimiser) keeps its moments
     metrics = learner.step(terms, learning_rate)            # terms: list of LossTerm, this rank's rows
     update = learner.publish(version)                       # a WeightUpdate on rank 0, None elsewhere
     learner.save(folder); learner.restore(folder); learner.save_student(folder); learner.close()
@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import redirect_stdout
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,18 @@ class Learner:
 
     def begin(self, optimiser: Optimiser) -> None:
         """Start a stage: AdamW's moments are zero again and its hyper-parameters those given."""
-        adam = self._engine.basic_optimizer
-        for state in adam.state.values():
+        for state in self._engine.basic_optimizer.state.values():
             for value in state.values():
                 value.zero_()
-        for group in adam.param_groups:
+        self.tune(optimiser)
+
+    def tune(self, optimiser: Optimiser) -> None:
+        """Go on with other hyper-parameters and the same moments."""
+        for group in self._engine.basic_optimizer.param_groups:
             group.update(betas=optimiser.betas, eps=optimiser.eps, weight_decay=optimiser.weight_decay)
-        self._bound(optimiser)
+        self._optimiser, self._skipped_in_a_row = optimiser, 0
+        if self._sharded_optimiser is not None:
+            self._sharded_optimiser.clip_grad = optimiser.gradient_clip
 
     def step(self, terms: Sequence[LossTerm], learning_rate: float) -> dict[str, float]:
         """One optimiser step. Returns this rank's shares of every metric: summed over ranks they are the step's values."""
@@ -189,13 +195,13 @@ class Learner:
         if not (folder / LATEST).exists():
             raise ValueError(f"{folder} holds no complete checkpoint: it has no file named {LATEST}")
         tag = (folder / LATEST).read_text()
-        written = json.loads((folder / tag / "learner.json").read_text())
-        if written != self._layout():
-            raise ValueError(
-                f"{folder / tag} was written with {written}, this learner has {self._layout()}; use the same settings"
-            )
+        written, own = json.loads((folder / tag / "learner.json").read_text()), self._layout()
+        if written.pop("parameters", "") != own.pop("parameters"):
+            raise ValueError(f"{folder / tag} is of another student: its parameters have other names or sizes; name the same one")
+        if written != own:
+            raise ValueError(f"{folder / tag} was written with {written}, this learner has {own}; use the same settings")
         _, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
-        self._bound(Optimiser(**state["optimiser"]))
+        self.tune(Optimiser(**state["optimiser"]))
 
     def save_student(self, folder: Path | str) -> None:
         """Write a plain Hugging Face folder (safetensors, configuration), whatever the ZeRO stage."""
@@ -267,15 +273,13 @@ class Learner:
                 f"rate, look at the data, or raise gradient_limit {self._optimiser.gradient_limit:g}"
             )
 
-    def _bound(self, optimiser: Optimiser) -> None:
-        self._optimiser = optimiser
-        if self._sharded_optimiser is not None:
-            self._sharded_optimiser.clip_grad = optimiser.gradient_clip
-
     def _layout(self) -> dict[str, Any]:
         """What a checkpoint depends on."""
-        layout = {"ranks": self.config.ranks, "zero_stage": zero_stage(self.config), "dtype": self.config.dtype}
-        return layout | ({"lora": self.config.lora.model_dump(mode="json")} if self.config.lora.rank else {})
+        shapes = {name: [*getattr(tensor, "ds_shape", tensor.shape)] for name, tensor in self._state.items()}
+        digest = blake2b(json.dumps(shapes).encode(), digest_size=16).hexdigest()
+        sizes = {"ranks": self.config.ranks, "zero_stage": zero_stage(self.config), "dtype": self.config.dtype}
+        lora = {"lora": self.config.lora.model_dump(mode="json")} if self.config.lora.rank else {}
+        return {"parameters": digest} | sizes | lora
 
     def _distinct(self) -> list[str]:
         """Names of parameters and buffers, of tied ones the first."""

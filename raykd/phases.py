@@ -8,6 +8,7 @@ A phase is decided when it is begun, with the weights of that moment: prompts, c
 how fast anyone is, so a run is reproducible at any staleness.
 """
 
+import math
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -129,8 +130,15 @@ class Phases:
         """The prompts, shared out as the algorithm decided: once, for all ranks."""
         samples = self._stage.samples_per_prompt
         num_prompts = self._stage.rows_per_phase // samples
-        num_teacher, num_student = round(mixture.teacher * num_prompts), round(mixture.student * num_prompts)
-        num_given = round((mixture.dataset + mixture.student + mixture.teacher) * num_prompts) - num_teacher - num_student
+        num_phases = self._next_step // self._stage.steps_per_phase
+
+        def whole(share: float) -> int:
+            """Of this phase's prompts; what rounding takes from one phase the next ones give back."""
+            before, after = (math.floor(share * num_prompts * count + 0.5) for count in (num_phases, num_phases + 1))
+            return after - before
+
+        num_teacher, num_student = whole(mixture.teacher), whole(mixture.student)
+        num_given = max(0, whole(mixture.dataset + mixture.student + mixture.teacher) - num_teacher - num_student)
         by_student = self._prompts.take(num_student)
         by_teacher = by_student[:num_teacher] if mixture.same_prompts else self._prompts.take(num_teacher)
         return _Asked(self._prompts.take(num_given * samples), by_student, by_teacher, mixture)

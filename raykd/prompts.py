@@ -8,6 +8,7 @@ PromptStream                         -> a shuffled, endless, resumable stream ov
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time, timedelta
 from pathlib import Path
 from string import Formatter
 from typing import Any, Generic, TypeVar
@@ -38,7 +39,7 @@ class _Source(Value):
     """Where rows come from."""
 
     path: str
-    """A file (.jsonl, .json, .parquet, .csv, .txt, each also .gz), or the name of a data set on the Hugging Face Hub."""
+    """A file (.parquet, or .jsonl, .json, .csv, .txt, each also .gz), or the name of a data set on the Hugging Face Hub."""
     split: str = "train"
     """Which split of a data set, or which part of one: "train[500:]". All of a file is "train"."""
     limit: int | None = Field(default=None, ge=1)
@@ -93,7 +94,7 @@ def read_rows(source: _Source) -> list[dict[str, Any]]:
         raise ValueError(f"data set {source.path} is empty: it has no rows")
     try:
         if path.is_file():
-            data = datasets.load_dataset(LOADERS[suffix], data_files=str(path), split=source.split)
+            data = datasets.load_dataset(LOADERS[suffix], data_files=str(path), split=source.split, **_as_text(path, suffix))
         else:
             data = datasets.load_dataset(source.path, split=source.split)
     except Exception as error:  # the library raises many kinds; the user needs the path and the reason
@@ -105,6 +106,17 @@ def read_rows(source: _Source) -> list[dict[str, Any]]:
     if not rows:
         raise ValueError(f"data set {source.path} is empty: it has no rows")
     return rows  # pyright: ignore[reportReturnType]  an unformatted data set gives dicts
+
+
+def _as_text(path: Path, suffix: str) -> dict[str, Any]:
+    """Options with which the fields of a CSV file stay what they are: 007, NA and False are text."""
+    if suffix != ".csv":
+        return {}
+    import datasets
+    import pandas
+
+    names = pandas.read_csv(path, nrows=0).columns
+    return {"features": datasets.Features({name: datasets.Value("string") for name in names}), "na_filter": False}
 
 
 def tokenise_pairs(
@@ -208,9 +220,14 @@ class PromptStream(Generic[Item]):
         return taken
 
     def state(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "cursor": self.cursor}
+        return {"epoch": self.epoch, "cursor": self.cursor, "items": len(self.items)}
 
     def restore(self, state: Mapping[str, int]) -> None:
+        if state["items"] != len(self.items):
+            raise ValueError(
+                f"the run learned from {state['items']} rows, now there are {len(self.items)}: resume it with the same data, "
+                "prompt lengths and evaluation.prompts"
+            )
         self.epoch, self.cursor = state["epoch"], state["cursor"]
         self._order = self._shuffled()
 
@@ -226,7 +243,7 @@ def _fields(template: str) -> set[str]:
 def _template(source: Pairs, row: Mapping[str, Any]) -> str:
     if source.prompt_without_input is not None:
         optional = _fields(source.prompt) - _fields(source.prompt_without_input)
-        if any(not row.get(field) for field in optional):
+        if any(row.get(field) in (None, "") for field in optional):
             return source.prompt_without_input
     return source.prompt
 
@@ -240,6 +257,11 @@ def _render(template: str, row: Mapping[str, Any], path: str, index: int) -> str
                 f"{path}, row {index + 1}: no field {field!r} (the row has {', '.join(filled)}); "
                 "name the right fields in the data templates, or mend the row"
             )
+        if isinstance(value, date | time | timedelta):
+            raise ValueError(
+                f"{path}, row {index + 1}: field {field!r} was read as a {type(value).__name__}, {value}, since every row of it "
+                "looks like one, and would not be written as it stands in the file; bring the data as .csv"
+            )
         if isinstance(value, Mapping | list):
             raise ValueError(
                 f"{path}, row {index + 1}: field {field!r} is no text but a {type(value).__name__}; bring the data with a field "
@@ -249,8 +271,11 @@ def _render(template: str, row: Mapping[str, Any], path: str, index: int) -> str
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Ids as at the start of a sequence, without the EOS that some tokenizers append."""
+    """Ids as at the start of a sequence, without the EOS that some tokenizers append, and with one BOS where the text brings its
+    own."""
     ids = tokenizer(text)["input_ids"]
+    if ids[:2] == [tokenizer.bos_token_id] * 2 and text.startswith(str(tokenizer.bos_token)):
+        ids = ids[1:]
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
         ids = ids[:-1]
     return tuple(ids)
@@ -265,6 +290,6 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: t
 
 
 def _cut(ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, max_response: int) -> tuple[tuple[int, ...], bool]:
-    if len(ids) < max_response:
-        return (*ids, eos_id(tokenizer)), True
-    return ids[:max_response], False
+    end = eos_id(tokenizer)
+    whole = ids if ids[-1:] == (end,) else (*ids, end)
+    return whole[:max_response], len(whole) <= max_response

@@ -33,9 +33,14 @@ class ReplayBuffer:
 
     def begin(self, bounds: Replay) -> None:
         """Forget every row: a stage starts with rows and bounds of its own."""
-        self._bounds = bounds
-        self._owed = dict.fromkeys(bounds.shares or {}, 0.0)
+        self._owed = {}
         self._keep([])
+        self.bound(bounds)
+
+    def bound(self, bounds: Replay) -> None:
+        """Go on with the same rows under other bounds."""
+        self._bounds = bounds
+        self._owed = {author: self._owed.get(author, 0.0) for author in bounds.shares or {}}
 
     def add(self, rows: Sequence[Row]) -> None:
         """Append rows; the oldest leave when the capacity is passed."""

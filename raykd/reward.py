@@ -44,6 +44,9 @@ class Classifier:
         self._config = config
         self._tokenizer = AutoTokenizer.from_pretrained(config.path)
         self._model = AutoModelForSequenceClassification.from_pretrained(config.path).eval()
+        self._tokenizer.truncation_side = "left"  # the response is at the end
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.config.pad_token_id = self._tokenizer.pad_token_id
         if config.label >= self._model.config.num_labels:
             raise ValueError(f"reward.label {config.label}: {config.path} has {self._model.config.num_labels} labels")

@@ -32,7 +32,7 @@ from raykd.report import write_report
 from raykd.reward import load_function
 from raykd.start import start_workers
 from raykd.tracking import Tracker
-from raykd.train import Position, restore_checkpoint, train
+from raykd.train import Position, newest_checkpoint, restore_checkpoint, train
 from raykd.usage import advice
 from raykd.validation import measure
 
@@ -55,6 +55,9 @@ class Result:
 def run(experiment: Experiment, resume: Path | None = None, console: Console | None = None) -> Result:
     """Run an experiment to its end, or go on with the run in ``resume`` from its newest checkpoint."""
     console = console or Console()
+    resume = resume.expanduser().resolve() if resume else None  # actors have working directories of their own
+    if resume:
+        refuse_what_is_over(experiment, resume)
     disable_progress_bar()  # of loading and writing weights; the run has its own
     tokenizer = check_models(experiment)
     if isinstance(experiment.reward, FunctionReward):
@@ -64,6 +67,8 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
         console.print(data.left_out, highlight=False, soft_wrap=True)
     connect(experiment)
     folder = resume or new_folder(experiment)
+    if resume:
+        describe(experiment, resume)
     student, teacher = experiment.student, experiment.teacher
     facts = ModelFacts(
         student=weights("student", student, tokenizer, experiment, folder),
@@ -223,7 +228,7 @@ def connect(experiment: Experiment) -> None:
 
 
 def new_folder(experiment: Experiment) -> Path:
-    """A run directory of its own, with the experiment, the code revision and the library versions in it."""
+    """A run directory of its own, described."""
     root = experiment.runs.expanduser().resolve()
     for attempt in range(1, 10000):
         folder = root / (experiment.name if attempt == 1 else f"{experiment.name}-{attempt}")
@@ -231,12 +236,26 @@ def new_folder(experiment: Experiment) -> Path:
             folder.mkdir(parents=True)
         except FileExistsError:
             continue
-        break
-    else:
-        raise ValueError(f"runs {root} holds 9999 runs named {experiment.name}; choose another name")
+        except OSError as error:
+            raise ValueError(f"runs {root} cannot hold a run: {error.strerror}; name a folder that can be written to") from error
+        describe(experiment, folder)
+        return folder
+    raise ValueError(f"runs {root} holds 9999 runs named {experiment.name}; choose another name")
+
+
+def describe(experiment: Experiment, folder: Path) -> None:
+    """Write the experiment, the code revision and the library versions into a run directory: of its last start."""
     described = {"experiment": experiment.model_dump(mode="json"), "code": _revision(), "libraries": _versions()}
     (folder / "experiment.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
-    return folder
+
+
+def refuse_what_is_over(experiment: Experiment, folder: Path) -> None:
+    """Raises ValueError where a resumed run is to have had other stages than it had."""
+    _, state = newest_checkpoint(folder)
+    done = state["position"]["stage"]
+    for index, (before, now) in enumerate(zip(load_experiment(folder).stages[:done], experiment.stages, strict=False)):
+        if before != now:
+            raise ValueError(f"stages.{index} of run {folder} is over and cannot change any more; start a new run")
 
 
 def load_experiment(folder: Path) -> Experiment:
@@ -250,7 +269,8 @@ def load_experiment(folder: Path) -> Experiment:
 def weights(role: str, model: Model, tokenizer: PreTrainedTokenizerBase, experiment: Experiment, folder: Path) -> str:
     """Where a model's weights are; an architecture from scratch is initialised into the run directory first."""
     if model.scratch is None:
-        return model.path
+        path = Path(model.path).expanduser()
+        return str(path.resolve()) if path.is_dir() else model.path
     target = folder / f"{role}_init"
     if not target.exists():
         import torch

@@ -34,13 +34,14 @@ def start_workers(experiment: Experiment, facts: ModelFacts) -> Workers:
     scoring = Fleet("teacher", scorers, teachers.engine.deadline_s) if scorers else None
     writing = Fleet("rollout", writers, rollout.engine.deadline_s) if writers else None
     sleeping = (writing, rollout.sleep), (scoring, teachers.sleep and experiment.mixes())
+    lanes = {"rollout": writers, "teacher": scorers, "reward": raters, "learner": ranks}
     workers = Workers(
         learner=LearnerGang(ranks, learner.deadline_s),
         teachers=scoring,
         rollouts=writing,
         rater=Fleet("reward", raters, reward.deadline_s) if reward else None,
         replay=ray.remote(ReplayBuffer).options(num_cpus=0).remote(experiment.seed),
-        usage=Usage([lane for lane, used in (("rollout", writers), ("teacher", scorers), ("learner", ranks)) if used]),
+        usage=Usage([lane for lane, actors in lanes.items() if actors]),
         sleepers=[fleet for fleet, sleeps in sleeping if fleet and sleeps],
         placement=placement,
     )

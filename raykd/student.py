@@ -116,6 +116,7 @@ class Student(nn.Module):
         for name in self._rates:
             setattr(config, name, 0.0)
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+        mend_generation_config(self.model)
         # DeepSpeed casts every parameter to the student's dtype: a teacher of another one is kept whole.
         sharded = sharded and teacher_head is not None and teacher_head.weight.dtype == dtype
         if teacher_head is not None and not sharded:
@@ -186,6 +187,19 @@ def with_mismatch(reduce: Reduce) -> Reduce:
         return reduce(student, teacher, tokens, given) | {"logprob_mismatch": mismatch}
 
     return watched
+
+
+def mend_generation_config(model: PreTrainedModel) -> None:
+    """Some checkpoints have settings of sampling and no ``do_sample``, which transformers reads and refuses to write. ValueError
+    where more is wrong."""
+    generation = model.generation_config
+    if generation is None:
+        return
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
+        generation.validate(strict=True)
 
 
 def dropout_rates(config: PreTrainedConfig) -> dict[str, Any]:

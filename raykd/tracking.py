@@ -95,7 +95,8 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     if not path.is_file():
         return [], 0
     found, unread = [], 0
-    for line in filter(None, path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    # not splitlines: U+2028 and its like, which JSON may hold as they are, end no line
+    for line in filter(None, path.read_text(encoding="utf-8", errors="replace").split("\n")):
         try:
             found.append(dict(json.loads(line)))
         except (ValueError, TypeError):

@@ -24,7 +24,7 @@ from raykd.prompts import Data
 from raykd.records import Rollout
 from raykd.tracking import Tracker
 from raykd.usage import shares
-from raykd.validation import keep_best, measure, restore_best, summary
+from raykd.validation import forget_bests, keep_best, measure, restore_best, summary
 from raykd.workers import Term, Workers
 
 
@@ -38,7 +38,9 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
             workers.call_replay("begin", stage.bounds)
             del at.held_out[:-1]  # the last one was measured before this stage
             at.best = {}
-        else:
+        else:  # resumed, perhaps with other settings
+            workers.tune(stage.optimiser)
+            workers.call_replay("bound", stage.bounds)
             rescore(workers, stage.algorithm)
         tracker.begin(f"stage {at.stage}: {type(stage.algorithm).__name__}", stage.steps, at.step)
         with Phases(experiment, stage, workers, data.prompts, at) as phases:
@@ -111,21 +113,28 @@ def save_checkpoint(workers: Workers, data: Data, run: Path, at: Position, promp
     (partial / "driver.json").write_text(json.dumps({"position": asdict(at), "streams": streams}), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
+    forget_bests(run, at)
 
 
 def restore_checkpoint(workers: Workers, data: Data, run: Path) -> Position:
     """The newest complete checkpoint of a run; raises ValueError when there is none."""
-    folders = sorted(path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial")
-    if not folders:
-        raise ValueError(f"run {run} has no complete checkpoint; start it afresh without --resume")
-    state: dict[str, Any] = json.loads((folders[-1] / "driver.json").read_text(encoding="utf-8"))
+    folder, state = newest_checkpoint(run)
     position = Position(**state["position"])
-    workers.restore(folders[-1] / "learner", position.total)
-    workers.call_replay("restore", pickle.loads((folders[-1] / "replay.pkl").read_bytes()))
+    workers.restore(folder / "learner", position.total)
+    workers.call_replay("restore", pickle.loads((folder / "replay.pkl").read_bytes()))
     data.prompts.restore(state["streams"]["prompts"])
     if data.text is not None:
         data.text.restore(state["streams"]["text"])
     return position
+
+
+def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
+    """Its folder and what the driver keeps there; ValueError where a run has none."""
+    folders = [path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial"]
+    if not folders:
+        raise ValueError(f"run {run} has no complete checkpoint; start it afresh without --resume")
+    newest = max(folders, key=lambda path: int(path.name.removeprefix("step-")))
+    return newest, json.loads((newest / "driver.json").read_text(encoding="utf-8"))
 
 
 def _due(every: int, at: Position, stage: Stage) -> bool:

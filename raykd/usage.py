@@ -9,8 +9,19 @@ from pathlib import Path
 
 from raykd.tracking import read_lines
 
-LANES = {"rollout": ("generate", "load", "sleep"), "teacher": ("score",), "learner": ("learn", "publish")}
+LANES = {
+    "rollout": ("generate", "load", "sleep"),
+    "teacher": ("score",),
+    "reward": ("rate",),
+    "learner": ("learn", "publish"),
+}
 """Who is busy with which verbs."""
+HELP = {
+    "rollout": "the rollout replicas: more of them would help",
+    "teacher": "the teacher replicas: more of them would help",
+    "reward": "the reward, which has one actor: a cheaper reward would help",
+}
+"""Whom the learner waits for, and what shortens that."""
 WAITED_LITTLE = 0.1
 """Share of the learner's time below which waiting is not what holds a run up."""
 
@@ -91,12 +102,14 @@ def advice(run: Path, max_staleness: int) -> str:
     waited, worked = sums.get("seconds/wait", 0.0), busy(sums, "learner")
     if waited + worked == 0:
         return "no step was taken"
-    slowest = max(("rollout", "teacher"), key=lambda lane: busy(sums, lane))
+    slowest = max(HELP, key=lambda lane: busy(sums, lane))
     share = waited / (waited + worked)
     if share < WAITED_LITTLE:
         return f"the learner waited {share:.0%} of the time: more learner ranks would help, more replicas would not"
-    overlap = "" if max_staleness else ", or max_staleness 1 lets them work while the learner does"
-    return f"the learner waited {share:.0%} of the time, mostly for the {slowest} replicas: more of them would help{overlap}"
+    if busy(sums, slowest) == 0:
+        return f"the learner waited {share:.0%} of the time, for no rollout, teacher or reward: replicas would not help"
+    overlap = "" if max_staleness else ", or max_staleness 1 lets the learner work meanwhile"
+    return f"the learner waited {share:.0%} of the time, mostly for {HELP[slowest]}{overlap}"
 
 
 def _sums(run: Path) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Held-out numbers within a run, and the best weights of a stage by one of them."""
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ def keep_best(stage: Stage, measured: dict[str, float], workers: Workers, run: P
     value = measured[stage.keep]
     if math.isfinite(value) and (not at.best or sign * value < sign * at.best[stage.keep]):
         at.best = measured | {"step": at.total}
-        workers.save(_best(run))
+        workers.save(_best(run, at))
 
 
 def restore_best(stage: Stage, measured: dict[str, float], workers: Workers, run: Path, at: Position) -> dict[str, float]:
@@ -91,13 +92,20 @@ def restore_best(stage: Stage, measured: dict[str, float], workers: Workers, run
         return measured
     best = {name: value for name, value in at.best.items() if name != "step"}
     if at.best["step"] != at.total:
-        workers.restore(_best(run), at.total)
+        workers.restore(_best(run, at), at.total)
         at.held_out += [best["loss"]] if "loss" in best else []
     return best
 
 
-def _best(run: Path) -> Path:
-    return run / "checkpoints" / "best"
+def forget_bests(run: Path, at: Position) -> None:
+    """Remove the weights that were best before: no checkpoint that a run would be resumed from speaks of them any more."""
+    for folder in (run / "checkpoints").glob("best-*"):
+        if not at.best or folder != _best(run, at):
+            shutil.rmtree(folder)
+
+
+def _best(run: Path, at: Position) -> Path:
+    return run / "checkpoints" / f"best-{int(at.best['step']):06d}"
 
 
 def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:

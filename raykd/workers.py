@@ -167,7 +167,10 @@ class Workers:
             measured.tokens = sum(len(row.rollout.tokens) for term in terms for row in term.rows)
             shares = self.learner.each("step", self._deal(terms), [learning_rate] * len(self.learner.ranks))
         self._learner_version += 1
-        return _sum(shares)
+        metrics = _sum(shares)
+        if squared := metrics.get("importance_weight_squared"):
+            metrics["effective_sample_share"] = metrics["importance_weight"] ** 2 / squared
+        return metrics
 
     def evaluate(self, terms: Sequence[Term]) -> dict[str, float]:
         """The terms' losses and metrics without learning."""
@@ -177,6 +180,10 @@ class Workers:
     def begin(self, optimiser: Optimiser) -> None:
         """A fresh optimiser for a new stage."""
         self.learner.all("begin", optimiser)
+
+    def tune(self, optimiser: Optimiser) -> None:
+        """The same optimiser with other hyper-parameters."""
+        self.learner.all("tune", optimiser)
 
     def publish(self) -> WeightUpdate | None:
         """Where the learner's newest weights lie, None before its first step; the weights do not pass through here."""

@@ -1,11 +1,13 @@
 """`raykd evaluate`, from the command line to the files it writes."""
 
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from raykd import commands
@@ -13,6 +15,7 @@ from raykd.evaluation.diversity import distinct_n
 from raykd.evaluation.generate import Decoding, in_own_process, write
 from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
 from raykd.evaluation.rouge import rouge_l
+from raykd.evaluation.suites import ALPACA
 from raykd.records import Prompt
 from raykd.rollout.config import EngineSettings
 
@@ -47,9 +50,29 @@ def test_wrong_input_is_one_sentence_naming_value_and_remedy(
         (stories, "--suite", "vicuna", "--judge-url", "http://127.0.0.1:1/v1"): "judge.url http://127.0.0.1:1/v1 cannot be",
         (stories, "--suite", "vicuna", "--limit", "0"): "limit",
         (stories, "--suite", "vicuna", "--metric", "meteor"): "exact_match",
+        (stories, "--suite", "vicuna", "--judge-model", "gpt-4"): "error: judge_model gpt-4 needs judge_url, the endpoint that",
+        (stories, "--prompt", "{q}", "--metric", "bleu"): "error: prompt, metric would change suites that are files or Hub data",
+        (stories, "--suite", "vicuna", "--output", "gpt2-0.1B"): "error: output gpt2-0.1B does not end in .json; name a file",
     }
     for arguments, expected in cases.items():
         assert expected in complaint(capsys, monkeypatch, *arguments), arguments
+
+
+@pytest.mark.parametrize("taken", ["e.json", "e.answers.jsonl"])
+def test_results_that_could_not_be_written_are_refused_before_a_model_starts(
+    data: Path, tmp_path: Path, taken: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / taken).mkdir()
+    stories, output = str(data / "models/stories260K"), str(tmp_path / "e.json")
+    said = complaint(capsys, monkeypatch, stories, "--suite", "vicuna", "--output", output)
+    assert said == f"error: output {output}: {tmp_path / taken} cannot be written (Is a directory); name another file"
+    assert [file.name for file in tmp_path.iterdir()] == [taken], "trying leaves nothing behind"
+
+
+def test_alpacas_prompt_without_input_belongs_to_alpacas_prompt():
+    assert commands.Rows().suite().data == ALPACA
+    assert commands.Rows(prompt="{instruction}\n{context}\n").suite().data.prompt_without_input is None
+    assert commands.Rows(prompt_without_input="{instruction}").suite().data.prompt_without_input == "{instruction}"
 
 
 def test_the_harness_is_asked_for_by_name_where_it_is_missing(
@@ -64,11 +87,12 @@ def test_the_harness_is_asked_for_by_name_where_it_is_missing(
 def test_mean_and_spread_are_over_seeds():
     assert Measured(values=(1.0, 3.0)).mean == 2 and Measured(values=(1.0, 3.0)).spread == pytest.approx(2**0.5)
     assert str(Measured(values=(24.6,))) == "24.60" and str(Measured(values=(1.0, 3.0))) == "2.000 ± 1.414"
+    assert str(Measured(values=(math.inf, 1.0))) == "inf" and str(Measured(values=(math.nan, 1.0))) == "nan"
 
 
 def test_results_go_through_json_and_into_tables(tmp_path: Path):
     teacher = ModelResults(measures={"rouge_l": Measured(values=(27.0, 29.0))})
-    student = ModelResults(measures={"test_loss": Measured(values=(3.5,))}, excess_error=(0.0, 5.0, math.inf))
+    student = ModelResults(measures={"test_loss": Measured(values=(3.5, math.inf))}, excess_error=(0.0, 5.0, math.inf))
     suite = SuiteResults(rows=2, left_out=1, models={"teacher": teacher, "student": student})
     results = Results(protocol={}, suites={"dolly": suite}, harness={"student": {"arc": {"acc,none": 0.25}}})
     results.save(tmp_path / "new" / "e.json")
@@ -76,8 +100,26 @@ def test_results_go_through_json_and_into_tables(tmp_path: Path):
     assert Results.model_validate_json(saved) == results
     assert json.loads(saved)["suites"]["dolly"]["models"]["teacher"]["measures"]["rouge_l"]["mean"] == 28
     dolly, arc = results.tables()
-    assert [list(column.cells) for column in dolly.columns] == [["rouge_l", "test_loss"], ["28.00 ± 1.41", ""], ["", "3.500"]]
+    assert [list(column.cells) for column in dolly.columns] == [["rouge_l", "test_loss"], ["28.00 ± 1.41", ""], ["", "inf"]]
     assert "1 left out" in str(dolly.title) and "arc" in str(arc.title) and list(arc.columns[1].cells) == ["0.250"]
+
+
+def test_paths_in_brackets_are_told_as_they_are(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    student, output = untrained(data, tmp_path / "run[v2]"), tmp_path / "found[v2].json"
+    run(monkeypatch, student, "--suite", "sst2", "--limit", "2", *ENGINE, "--output", str(output))
+    printed = capsys.readouterr().out
+    assert f"{student} is measured" in printed and f"results: {output}" in printed
+
+
+def test_names_in_brackets_stand_in_tables_as_they_are():
+    models = {"./exp[v2]/m": ModelResults(measures={"rouge_l": Measured(values=(27.0,))}), "[/x]": ModelResults(measures={})}
+    results = Results(protocol={}, suites={"./mine[1].jsonl": SuiteResults(rows=2, left_out=1, models=models)})
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(*results.tables())
+    printed = console.export_text()
+    assert all(name in printed for name in ("./exp[v2]/m", "[/x]", "./mine[1].jsonl"))
 
 
 @pytest.mark.stack

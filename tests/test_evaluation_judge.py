@@ -13,27 +13,31 @@ from raykd.evaluation.judge import Case, Judge, Verdict, check_judge, judge_answ
 Reply = Callable[[str], str]
 """What the served model says to a pair of answers."""
 
+MODELS = {"object": "list", "data": [{"id": "judge", "object": "model", "created": 0, "owned_by": "test"}]}
+
 
 @contextmanager
-def served(reply: Reply) -> Iterator[tuple[Judge, list[dict]]]:
+def served(
+    reply: Reply, models: bytes = json.dumps(MODELS).encode(), kind: str = "application/json"
+) -> Iterator[tuple[Judge, list[dict]]]:
     """A server with one model, and the requests it gets."""
     requests: list[dict] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.answer({"object": "list", "data": [{"id": "judge", "object": "model", "created": 0, "owned_by": "test"}]})
+            self.answer(models)
 
         def do_POST(self) -> None:
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append(request)
             message = {"role": "assistant", "content": reply(request["messages"][-1]["content"])}
             choice = {"index": 0, "finish_reason": "stop", "message": message}
-            self.answer({"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]})
+            body = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
+            self.answer(json.dumps(body).encode())
 
-        def answer(self, body: dict) -> None:
-            content = json.dumps(body).encode()
+        def answer(self, content: bytes) -> None:
             self.send_response(200)
-            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Type", kind)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
@@ -95,4 +99,13 @@ def test_a_judge_that_is_not_there_is_named():
     ):
         check_judge(judge.model_copy(update={"model": "other"}))
     with pytest.raises(ValueError, match=r"judge.url http://127.0.0.1:.* cannot be reached; start the server"):
+        check_judge(judge)
+
+
+@pytest.mark.parametrize("kind", ["text/html", "application/json"])
+def test_a_server_that_is_no_endpoint_is_named(kind: str):
+    with (
+        served(by_quality, models=b"<html>Welcome</html>", kind=kind) as (judge, _),
+        pytest.raises(ValueError, match=r"judge.url http://127.0.0.1:.* gives no list of models; mend the address"),
+    ):
         check_judge(judge)

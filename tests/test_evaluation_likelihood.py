@@ -98,6 +98,7 @@ def test_a_model_is_no_distance_from_itself(pair: tuple[str, str]):
     rollouts = response(3, 4)
     found = score(pair[0], pair[0], CONFIG, VOCABULARY, {"s": Texts(rollouts, [rollouts], [rollouts])}, {})["s"]
     assert found.measures["forward_kl"] == found.measures["reverse_kl"] == (0,)
+    assert found.measures["excess_error"] == (0,) and found.excess_error == (0,) * 4
 
 
 def test_without_a_teacher_there_is_the_loss_alone(pair: tuple[str, str]):

@@ -58,6 +58,11 @@ def test_a_finished_sequence_leaves_the_average_of_excess_error():
     torch.testing.assert_close(excess_error(long + short, teacher), torch.full((8,), 100.0, dtype=torch.float64))
 
 
+def test_a_student_like_its_teacher_has_no_excess_error():
+    own, teacher = [torch.tensor([0.0, 0.0, 1.0])], [torch.tensor([0.0, 0.0, 0.0])]
+    assert excess_error(own, teacher).tolist() == [0, 0, math.inf]
+
+
 def test_own_prefixes_as_good_as_the_teachers_have_no_excess_error():
     kls = [torch.rand(5), torch.rand(3)]
     assert excess_error(kls, kls).tolist() == pytest.approx([0.0] * 5)

@@ -60,6 +60,8 @@ def test_a_question_is_the_papers_prompt_and_its_reference(gpt2: PreTrainedToken
         f"When did Virgin Australia start operating?\n\n### Input:\n{rows[0]['input']}\n\n### Response:\n"
     )
     assert gpt2.decode(list(first.prompt.response[: first.reference_length])) == rows[0]["output"]
+    short = questions(suite.model_copy(update={"max_tokens": 3}), rows, gpt2, 768)[0]
+    assert short.reference_length == first.reference_length > 3 == len(short.prompt.response)
     without_input = questions(only("vicuna"), read_rows(only("vicuna").data)[:1], gpt2, 768)[0]
     assert str(gpt2.decode(list(without_input.prompt.tokens))).endswith("time management skills?\n\n### Response:\n")
 
@@ -79,7 +81,8 @@ def test_several_references_a_number_and_a_translation(gpt2: PreTrainedTokenizer
         return questions(only(name), read_rows(only(name).data)[:1], gpt2, 768)[0]
 
     assert len(first("dialogsum").references) == 3
-    assert first("gsm8k").references == ("18",) and only("gsm8k").metric is Metric.EXACT_MATCH
+    assert first("gsm8k").references == ("18",) and first("gsm8k").reference_length == 1
+    assert only("gsm8k").metric is Metric.EXACT_MATCH
     german = gpt2.decode(list(first("multi30k").prompt.tokens))
     assert "into English." in german and "### Input:\nEin Mann mit einem orangefarbenen Hut" in german
 

@@ -32,12 +32,19 @@ def test_json_keeps_every_field():
     assert Experiment.model_validate_json(original.model_dump_json()) == original
 
 
+TEXT = Documents(path="t.txt")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"stages": (Stage(algorithm=KD(), steps=1),)}, "stages.0: KD needs a teacher"),
         ({"stages": (Stage(algorithm=MiniLLM(), steps=1),), "teacher": TEACHER}, "text is not set"),
         ({"data": Pairs(path="x", response=None)}, "data.response is not set"),
+        (
+            {"stages": (Stage(algorithm=MiniLLM.lmops(), steps=1),), "teacher": TEACHER, "text": TEXT, "max_response": 512},
+            "whitens over 256 positions a response, but max_response is 512",
+        ),
         ({"learner": LearnerConfig(ranks=65)}, "learner.ranks 65 is more than the smallest batch_size"),
         ({"stages": ()}, "at least 1 item"),
         ({"name": "../x"}, "name"),

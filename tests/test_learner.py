@@ -1,5 +1,6 @@
 """The learner on real DeepSpeed: every world size and ZeRO stage follows a plain PyTorch loop with dense logits."""
 
+import json
 import math
 import multiprocessing
 import os
@@ -471,6 +472,17 @@ def test_a_checkpoint_that_was_not_completed_is_not_restored(tmp_path: Path) -> 
 
     (tmp_path / "checkpoint-0").mkdir()
     with pytest.raises(ValueError, match="no complete checkpoint"):
+        Learner.restore(object.__new__(Learner), tmp_path)
+
+
+def test_a_checkpoint_of_another_student_is_not_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from raykd.learner import LATEST, Learner
+
+    (tmp_path / LATEST).write_text("checkpoint-1")
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "learner.json").write_text(json.dumps({"parameters": "of two layers", "ranks": 1}))
+    monkeypatch.setattr(Learner, "_layout", lambda self: {"parameters": "of three layers", "ranks": 1})
+    with pytest.raises(ValueError, match="is of another student: its parameters have other names or sizes"):
         Learner.restore(object.__new__(Learner), tmp_path)
 
 

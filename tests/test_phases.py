@@ -8,7 +8,7 @@ import pytest
 from overlap import Sleepers
 from pydantic import ValidationError
 
-from raykd.algorithms import DistiLLM, DistiLLM2
+from raykd.algorithms import DistiLLM, DistiLLM2, ImitKD
 from raykd.algorithms.distillm import AdaptiveSchedule
 from raykd.experiment import Stage
 from raykd.phases import Phases, Position
@@ -55,6 +55,19 @@ def test_two_writers_answer_the_same_prompts_half_each(batch_size: int, samples:
     by_writer = {writer: [r.prompt_id for r in rollouts if r.source is writer] for writer in (Source.STUDENT, Source.TEACHER)}
     assert len(rollouts) == batch_size
     assert by_writer[Source.STUDENT] == by_writer[Source.TEACHER] and len(by_writer[Source.STUDENT]) == batch_size // 2
+
+
+@pytest.mark.parametrize(("share", "batch_size", "samples"), [(0.5, 1, 1), (0.5, 8, 8), (0.3, 64, 8), (0.9, 4, 1), (0.25, 2, 1)])
+def test_a_share_is_kept_over_the_phases_however_few_prompts_one_has(share: float, batch_size: int, samples: int) -> None:
+    stage = Stage(algorithm=ImitKD(student_share=share), steps=40, batch_size=batch_size, samples_per_prompt=samples)
+    sources: list[Source] = []
+    with begun(stage) as (phases, workers, at):
+        while at.step < stage.steps:
+            rows = phases.next().rows
+            assert len(rows) == batch_size
+            sources += [row.rollout.source for row in rows]
+            at.step, at.total, workers.version = at.step + 1, at.total + 1, workers.version + 1
+    assert abs(sources.count(Source.STUDENT) - share * len(sources)) < samples
 
 
 @pytest.mark.parametrize(("batch_size", "samples"), [(12, 4), (5, 1), (32, 32)])

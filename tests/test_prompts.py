@@ -2,10 +2,13 @@
 
 import gzip
 import json
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 from example_text import text_tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from raykd.prompts import (
     ALPACA_WITH_INPUT,
@@ -57,6 +60,33 @@ def test_the_template_without_input_serves_rows_whose_optional_field_is_empty(co
     (prompt,) = tokenise_pairs(rows, source, text_tokenizer(), max_prompt=512, max_response=8)
     decoded = text_tokenizer().decode(list(prompt.tokens))
     assert expected in decoded and ("### Input" in decoded) == bool(context)
+
+
+def test_text_stays_as_it_stands_in_the_file(tmp_path: Path):
+    table = tmp_path / "table.csv"
+    table.write_text("prompt,response\n007,02139\nadd,\nNA,False\n1,2007-06-29\n")
+    rows = read_rows(Pairs(path=str(table)))
+    assert [tuple(row.values()) for row in rows] == [("007", "02139"), ("add", ""), ("NA", "False"), ("1", "2007-06-29")]
+    dates = Pairs(path=str(write(tmp_path / "dates.jsonl", [{"prompt": "when?", "response": "2007-06-29"}])))
+    with pytest.raises(
+        ValueError, match=r"dates.jsonl, row 1: field 'response' was read as a datetime, .* bring the data as .csv"
+    ):
+        tokenise_pairs(read_rows(dates), dates, text_tokenizer(), max_prompt=8, max_response=8)
+
+
+def test_special_tokens_that_a_text_brings_are_the_only_ones():
+    tokenizer: Any = deepcopy(text_tokenizer())
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+    plain, marked = (
+        {"prompt": "a\n", "response": "b"},
+        {"prompt": f"{tokenizer.bos_token}a\n", "response": f"b{tokenizer.eos_token}"},
+    )
+    first, second = tokenise_pairs([plain, marked], Pairs(path="x"), tokenizer, max_prompt=8, max_response=8)
+    assert (first.tokens, first.response, first.finished) == (second.tokens, second.response, second.finished)
+    assert first.tokens[0] == first.response[-1] == tokenizer.eos_token_id != first.tokens[1]
 
 
 def test_a_missing_field_is_named_with_file_and_row():

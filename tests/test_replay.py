@@ -88,6 +88,16 @@ def test_a_restored_buffer_continues_where_the_saved_one_was():
     assert [names(restored.sample(3, 0)) for _ in range(4)] == [names(replay.sample(3, 0)) for _ in range(4)]
 
 
+def test_rows_go_on_under_other_bounds():
+    replay = buffer(capacity=4, samples_per_insert=1)
+    replay.add([row(i) for i in range(4)])
+    replay.restore(replay.state())
+    replay.bound(Replay(capacity=8, samples_per_insert=2))
+    replay.add([row(i) for i in range(4, 8)])
+    drawn = [name for _ in range(3) for name in names(replay.sample(4, version=0))]
+    assert Counter(drawn) == {str(i): 1 + (i >= 4) for i in range(8)}
+
+
 def test_the_state_holds_no_scores():
     replay = buffer()
     replay.add([row(0)])

@@ -3,41 +3,44 @@
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from browser import CHROMIUM, Tab, tab
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
 from raykd import commands
-from raykd.algorithms import SFT, MiniLLM
+from raykd.algorithms import SFT, DistiLLM, MiniLLM
 from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
 from raykd.experiment import EvaluationConfig, Experiment, Model, Stage
+from raykd.experiment.stage import Kept
 from raykd.prompts import Pairs
 from raykd.report import write_report
 from raykd.report.charts import averaged
 from raykd.report.dashboard import dashboard
+from raykd.report.figures import number
 from raykd.report.folders import read_run
-from raykd.report.tables import differences
+from raykd.report.tables import differences, duration
 from raykd.run import new_folder
 from raykd.tracking import Tracker
 
 
-def start(runs: Path, *, seed: int = 0, name: str = "dates", held_out: int = 8) -> Path:
+def start(runs: Path, *, seed: int = 0, name: str = "dates", held_out: int = 8, keep: Kept = "last") -> Path:
     """A run directory as `run` makes it: nothing has been logged."""
     experiment = Experiment(
         name=name,
         teacher=Model(path="./teacher"),
         student=Model(path="./student"),
         data=Pairs(path="dates.jsonl"),
-        stages=(Stage(algorithm=SFT(), steps=4), Stage(algorithm=MiniLLM(rollouts=128, text_coefficient=0), steps=6)),
-        evaluation=EvaluationConfig(prompts=held_out),
+        stages=(Stage(algorithm=SFT(), steps=4, keep=keep), Stage(algorithm=MiniLLM(rollouts=128, text_coefficient=0), steps=6)),
+        evaluation=EvaluationConfig(prompts=held_out, every=1),
         seed=seed,
         runs=runs,
     )
@@ -54,6 +57,7 @@ def log_steps(tracker: Tracker, first: int, last: int, **more: float) -> None:
         sampled = {
             "importance_weight": 1.0,
             "importance_weight_squared": 1.25,
+            "effective_sample_share": 0.8,
             "clip_fraction": 0.01 * step,
             "sft/nll": 4.0 / step,
         }
@@ -173,6 +177,34 @@ def test_runs_stand_side_by_side_with_what_differs_between_them(tmp_path: Path):
     assert page.source.count('stroke="var(--series-1)"') >= 10 and "over time" in page.text
 
 
+def test_runs_are_called_by_as_many_folders_as_tell_them_apart(tmp_path: Path):
+    same = [finish(start(tmp_path / place / "seed0")) for place in ("first", "second")]
+    text = Page(write_report([*same, start(tmp_path, name="other")])).text
+    assert "first/seed0/dates, second/seed0/dates, other" in text
+    assert "first/seed0/dates ends at 0.640 second/seed0/dates ends at 0.640" in text
+
+
+@pytest.mark.parametrize(
+    ("keep", "measured", "expected"),
+    [
+        ("last", {0: 0.5, 1: 5.0, 2: 1.0, 3: 3.0, 4: 4.0}, "Cross-entropy on references, nats per token 0.500 → 4.00"),
+        ("loss", {0: 0.5, 1: 5.0, 2: 1.0, 3: 3.0, 4: 4.0}, "of step 2, the best of their stage .* 0.500 → 1.00"),
+        ("rouge_l", {0: 0.5, 1: 5.0, 2: math.nan, 3: 3.0, 4: 4.0}, "of step 1, the best of their stage .* 0.500 → 5.00"),
+        ("loss", {0: 0.5, 2: 1.0, 4: 4.0, 7: 2.0}, "Cross-entropy on references, nats per token 0.500 → 2.00"),
+        ("loss", {0: 0.5}, "Cross-entropy on references, nats per token 0.500 "),
+    ],
+)
+def test_what_came_of_a_run_is_what_its_stage_kept(tmp_path: Path, keep: Kept, measured: dict[int, float], expected: str):
+    folder = start(tmp_path, keep=keep)
+    with tracker(folder) as numbers:
+        if 2 in measured:  # a run that died, and does the step again
+            numbers.log_held_out(2, {"loss": 0.1, "rouge_l": 9.0})
+        for step, value in measured.items():
+            numbers.log_held_out(step, {"loss": value, "rouge_l": value})
+    text = Page(write_report([folder])).text
+    assert re.search(expected, text) and ("weights kept" in text) == ("best of" in expected)
+
+
 def test_a_stage_that_only_one_run_has_is_one_difference(tmp_path: Path):
     runs = [read_run(start(tmp_path)), read_run(start(tmp_path))]
     described = {field: text for field, text in runs[1].settings.items() if not field.startswith("stages.1.")}
@@ -204,6 +236,32 @@ def test_evaluations_of_a_run_a_folder_or_a_file_become_tables(run: Path, tmp_pa
         assert "Exposure bias: dolly" in text and "student ends at 9.50" in text
         assert "an apple & a pear" in text and "fruit" in text
     assert "Settings" in in_run and "Settings" not in alone
+
+
+def test_answers_that_cannot_be_read_are_counted_and_no_others_left_out(tmp_path: Path):
+    add_evaluation(tmp_path)
+    file = tmp_path / "evaluation.answers.jsonl"
+    answer = json.loads(file.read_text()) | {"text": "one\u2028two\x85three"}
+    file.write_text(json.dumps(answer, ensure_ascii=False) + '\n{"suite": "dol', encoding="utf-8")
+    text = Page(write_report([tmp_path])).text
+    assert "one two three" in text and "1 unreadable line of evaluation.answers.jsonl left out." in text
+
+
+@pytest.mark.parametrize(
+    ("show", "value", "expected"),
+    [
+        (duration, 59.7, "1 min 0 s"),
+        (duration, 119.6, "2 min 0 s"),
+        (duration, 3599.9, "1 h 0 min"),
+        (duration, 3901, "1 h 5 min"),
+        (duration, 12.3, "12 s"),
+        (number, 999.4, "999"),
+        (number, 999.6, "1,000"),
+        (number, 0.5, "0.500"),
+    ],
+)
+def test_numbers_are_rounded_before_they_are_parted(show: Callable[[float], str], value: float, expected: str):
+    assert show(value) == expected
 
 
 def test_a_run_that_is_going_on_is_shown_as_far_as_it_is(tmp_path: Path):
@@ -330,4 +388,9 @@ def test_the_dashboard_shows_the_reports_numbers_under_their_names() -> None:
     shown = [metric for section in sections for panel in section.panels for metric in getattr(panel, "y", [])]
     assert {"heldout/reverse_kl", "loss", "entropy", "importance_weight", "grad_norm", "seconds/generate"} <= set(shown)
     assert len(shown) == len(set(shown))
+    words = torch.randn(3, 5).log_softmax(-1)
+    for term in (MiniLLM().text, MiniLLM(text_distillation=0.5).text, DistiLLM.code().text):
+        assert term is not None
+        said = term.algorithm.per_token(words, words, torch.tensor([1, 2, 3]), {})
+        assert {f"{type(term.algorithm).__name__.lower()}/{name}" for name in said if name != "loss"} <= set(shown)
     assert [section.name for section in sections if section.is_open] == ["Held-out quality", "Loss"]

@@ -1,5 +1,6 @@
 """Rewards: a user's function, a classifier, and what is refused of either."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,15 @@ def test_a_classifier_rates_prompt_and_response(tmp_path: Path, labels: int) -> 
     assert reward.rate(rollouts(*PAIRS)) == pytest.approx(expected, abs=1e-5)
     with pytest.raises(ValueError, match=f"has {labels} labels"):
         Reward(ClassifierReward(path=str(tmp_path), label=labels), tokenizer=str(tmp_path))
+
+
+def test_a_text_that_is_too_long_keeps_its_response_and_a_padding_token_is_found(tmp_path: Path) -> None:
+    tokenizer = deepcopy(text_tokenizer())
+    tokenizer.pad_token, tokenizer.model_max_length = None, 16
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 1}
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(AutoConfig.for_model("llama", **shape, vocab_size=len(tokenizer))).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward = Reward(ClassifierReward(path=str(tmp_path)), tokenizer=str(tmp_path))
+    first, second, third = reward.rate(rollouts((PAIRS[0][0] * 9, "in 1950"), (PAIRS[0][0] * 9, "the third"), PAIRS[1]))
+    assert first != second != third

@@ -29,7 +29,7 @@ from raykd.experiment import (
 )
 from raykd.prompts import Documents, Pairs, eos_id
 from raykd.records import Rollout, Scores, Source
-from raykd.run import Result, connect, run
+from raykd.run import Result, connect, load_experiment, run
 from raykd.start import start_workers
 from raykd.weights import unpack, verify
 from raykd.workers import Term, Workers, unscored
@@ -147,6 +147,36 @@ def test_a_finished_run_is_resumed_at_its_end_and_a_second_run_gets_its_own_dire
     assert [line["loss"] for line in lines(whole)][4:] == pytest.approx(before[2:], abs=1e-6)
 
 
+def test_a_resumed_run_takes_other_settings_and_keeps_them(teacher: Path, tmp_path: Path):
+    impatient = Optimiser(gradient_limit=1e-6, max_skipped=3)
+    first = experiment(teacher, tmp_path).model_copy(
+        update={
+            "teacher": None,
+            "stages": (Stage(algorithm=SFT(), steps=9, batch_size=8, optimiser=impatient),),
+            "learner": LearnerConfig(dtype="float32"),
+            "evaluation": EvaluationConfig(prompts=0),
+            "tracking": TrackingConfig(wandb=False),
+            "checkpoint_every": 2,
+        }
+    )
+    console = Console(quiet=True)
+    with pytest.raises(FloatingPointError, match=r"3 steps in a row were skipped.*raise gradient_limit"):
+        run(first, console=console)
+    folder = tmp_path / "end-to-end"
+    patient = first.model_copy(update={"stages": (Stage(algorithm=SFT(), steps=4, batch_size=16, optimiser=Optimiser()),)})
+    result = run(patient, resume=folder, console=console)
+    learned = {line["step"]: line for line in lines(result)}
+    assert [learned[step]["skipped"] for step in (1, 2, 3, 4)] == [1, 1, 0, 0]
+    assert learned[3]["tokens/learn"] > 1.5 * learned[2]["tokens/learn"]
+    assert load_experiment(folder) == patient
+    again = patient.model_copy(update={"stages": first.stages})
+    with pytest.raises(ValueError, match=f"stages.0 of run {folder} is over and cannot change any more"):
+        run(again, resume=folder, console=console)
+    shorter = patient.model_copy(update={"data": Pairs(path=str(text().pairs), limit=20)})
+    with pytest.raises(ValueError, match=r"the run learned from .* rows, now there are 20"):
+        run(shorter, resume=folder, console=console)
+
+
 def test_a_stage_hands_on_its_best_weights(teacher: Path, tmp_path: Path):
     """A rate that destroys the student after it has learned: what goes on is what was best, and the engine follows."""
     slow, wild = Optimiser(learning_rate=5e-3), Optimiser(learning_rate=1.0, warmup_steps=50)
@@ -166,6 +196,7 @@ def test_a_stage_hands_on_its_best_weights(teacher: Path, tmp_path: Path):
     result = run(experiment(teacher, tmp_path).model_copy(update=changes), console=Console(quiet=True))
     held_out = {line["step"]: line["heldout/loss"] for line in lines(result) if "heldout/loss" in line}
     best = min(range(5, 9), key=lambda step: held_out[step])
+    assert not list((result.folder / "checkpoints").glob("best-*")), "the last stage keeps none"
     assert best < 8 and held_out[8] > held_out[best] + 0.1, "the rate destroys nothing"
     (step,) = [line for line in lines(result) if line["step"] == 9 and "loss" in line]
     assert step["logprob_mismatch"] < 1e-4  # the engine wrote with what the learner went back to

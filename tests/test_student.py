@@ -1,5 +1,6 @@
 """The student module: architectures whose logits are more than a linear head, dropout, and padding."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,11 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     folder = saved_model(tmp_path, "llama", {**LLAMA_LIKE, "vocab_size": VOCAB - 1})
     with pytest.raises(ValueError, match="60 tokens in the model, 61 in the tokenizer"):
         make_student(folder)
+
+
+def test_a_student_whose_checkpoint_forgot_that_it_samples_can_be_saved(tmp_path: Path) -> None:
+    folder = saved_model(tmp_path / "given", "llama", ARCHITECTURES["llama"])
+    (tmp_path / "given" / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6}))
+    make_student(folder).model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.9, 0.6, True)

@@ -3,12 +3,15 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from raykd.tracking import Tracker, read_lines
 from raykd.usage import Usage, advice, shares
+from raykd.workers import Workers
 
 
 @pytest.mark.parametrize(
@@ -21,6 +24,12 @@ from raykd.usage import Usage, advice, shares
         ),
         ({"wait": 5, "generate": 2, "score": 4, "learn": 5}, 1, "50% of the time, mostly for the teacher replicas: more of them"),
         ({"wait": 0.5, "generate": 6, "learn": 9, "publish": 0.5}, 1, "more learner ranks would help"),
+        (
+            {"wait": 103, "generate": 2, "score": 1, "rate": 100, "learn": 10},
+            0,
+            "mostly for the reward, which has one actor: a cheaper reward would help, or max_staleness 1",
+        ),
+        ({"wait": 3, "learn": 10}, 0, "23% of the time, for no rollout, teacher or reward: replicas would not help$"),
     ],
 )
 def test_advice_names_what_held_the_run_up(tmp_path: Path, busy: dict[str, float], staleness: int, expected: str) -> None:
@@ -35,6 +44,21 @@ def test_a_run_that_died_within_a_line_goes_on_with_the_next(tmp_path: Path) -> 
         tracker.log(2, {"loss": 0.5})
     lines, unread = read_lines(tmp_path / "metrics.jsonl")
     assert ([line["step"] for line in lines], lines[-1]["loss"], unread) == ([1, 2], 0.5, 1)
+
+
+def test_an_answer_may_hold_what_unicode_calls_a_line_separator(tmp_path: Path) -> None:
+    sample = {"prompt": "a", "student": "one\u2028two\u2029three\x85four\r\nfive"}
+    with Tracker(tmp_path, {}, name="x", wandb=False, project="x", console=Console(quiet=True)) as tracker:
+        tracker.log_samples(3, [sample])
+    assert read_lines(tmp_path / "samples.jsonl") == ([{"step": 3, **sample}], 0)
+
+
+def test_a_step_says_what_share_of_its_sample_counts() -> None:
+    """Of the whole step's weights, which the ranks hand in their shares of."""
+    of_ranks = [{"importance_weight": 0.25, "importance_weight_squared": 1.0}] * 2
+    learner: Any = SimpleNamespace(ranks=["first", "second"], each=lambda *_: of_ranks)
+    workers = Workers(learner=learner, replay=None, usage=Usage(["learner"]))
+    assert workers.step([], 0.0)["effective_sample_share"] == 0.125
 
 
 def test_a_step_is_charged_with_its_own_time_whoever_works_ahead() -> None:

@@ -46,7 +46,10 @@ class Pair:
 def _of_stories(pair: Pair, tokenizer: Any) -> list[Question]:
     """The stories that every run holds out."""
     held_out = prepare(pair.setting(), tokenizer).held_out
-    return [Question(row, prompt, (str(tokenizer.decode(list(prompt.response))),)) for row, prompt in enumerate(held_out)]
+    return [
+        Question(row, prompt, (str(tokenizer.decode(list(prompt.response))),), len(prompt.response) - prompt.finished)
+        for row, prompt in enumerate(held_out)
+    ]
 
 
 def _of_suite(pair: Pair, tokenizer: Any) -> list[Question]:

@@ -75,7 +75,7 @@ def evaluate(evaluation: Evaluation, console: Console) -> tuple[Results, list[di
     def each(what: str, do: Callable[[str], T]) -> dict[str, T]:
         found = {}
         for model in papers:
-            console.print(f"{model} {what}", highlight=False, soft_wrap=True)
+            console.print(f"{model} {what}", markup=False, highlight=False, soft_wrap=True)
             found[model] = do(model)
         return found
 

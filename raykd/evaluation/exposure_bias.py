@@ -16,11 +16,13 @@ def excess_error(own_prefixes: Sequence[Tensor], teacher_prefixes: Sequence[Tens
 
     Each argument holds one tensor ``[T_i]`` of KL_t for every response. E at position t is over the responses that still run
     there, T_i >= t. (MiniLLM's code lets ended ones count as 0, which bends the curve towards a constant at large l.) The curve
-    ends where the first of the two sets of prefixes does; 0 is no exposure bias, and the range is [-100, inf].
+    ends where the first of the two sets of prefixes does; 0 is no exposure bias, and so is 0 / 0, of a student that is
+    like its teacher; the range is [-100, inf].
     """
     own, teacher = (_running_mean(kls).cumsum(0) for kls in (own_prefixes, teacher_prefixes))
     length = min(len(own), len(teacher))
-    return 100 * (own[:length] / teacher[:length] - 1)
+    own, teacher = own[:length], teacher[:length]
+    return torch.where(own == teacher, 0.0, 100 * (own / teacher - 1))
 
 
 def _running_mean(kls: Sequence[Tensor]) -> Tensor:

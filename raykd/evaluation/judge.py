@@ -133,6 +133,10 @@ async def _served(judge: Judge) -> list[str]:
         raise ValueError(f"judge.url {judge.url} cannot be reached; start the server, or mend the address") from error
     except OpenAIError as error:
         raise ValueError(f"judge.url {judge.url} refuses: {error}; set OPENAI_API_KEY, or mend the address") from error
+    except (AttributeError, ValueError) as error:  # how the client fails on a reply in another form
+        raise ValueError(
+            f"judge.url {judge.url} gives no list of models; mend the address of the endpoint, which often ends in /v1"
+        ) from error
 
 
 def _client(judge: Judge) -> AsyncOpenAI:

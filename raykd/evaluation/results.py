@@ -1,11 +1,13 @@
 """What an evaluation found: JSON for programs, a table for people."""
 
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, computed_field
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -26,8 +28,8 @@ class Measured(_Value):
     @computed_field
     @property
     def spread(self) -> float | None:
-        """The sample standard deviation over seeds."""
-        return stdev(self.values) if len(self.values) > 1 else None
+        """The sample standard deviation over seeds; None where there is none."""
+        return stdev(self.values) if len(self.values) > 1 and all(map(isfinite, self.values)) else None
 
     def __str__(self) -> str:
         digits = 2 if abs(self.mean) >= 10 else 3
@@ -78,10 +80,10 @@ class Results(_Value):
 
 
 def _table(title: str, models: Mapping[str, Mapping[str, Measured]]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=escape(title), title_justify="left")
     table.add_column("")
     for model in models:
-        table.add_column(model, justify="right", overflow="fold")
+        table.add_column(escape(model), justify="right", overflow="fold")
     for measure in dict.fromkeys(measure for measures in models.values() for measure in measures):
         table.add_row(measure, *(str(measures.get(measure, "")) for measures in models.values()))
     return table

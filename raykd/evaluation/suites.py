@@ -62,16 +62,14 @@ class LabelSuite(_Suite):
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A row of a suite, tokenised; the prompt carries the first reference as its response."""
+    """A row of a suite, tokenised; the prompt carries ``data.response`` as its response, cut at ``max_tokens``."""
 
     row: int
     prompt: Prompt
     references: tuple[str, ...]
-
-    @property
-    def reference_length(self) -> int:
-        """Tokens of the first reference, EOS not counted."""
-        return len(self.prompt.response) - self.prompt.finished
+    """The accepted answers, whole."""
+    reference_length: int
+    """Tokens of the first one, EOS not counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,7 @@ class LabelQuestion:
 def questions(suite: Suite, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_prompt: int) -> list[Question]:
     """The rows whose prompt has at most ``max_prompt`` tokens; raises ValueError naming the suite when there is none."""
     prompts = _tokenise(suite, rows, suite.data, tokenizer, max_prompt, suite.max_tokens)
-    return [Question(_row(prompt), prompt, _accepted(suite, rows[_row(prompt)], _row(prompt))) for prompt in prompts]
+    return [_question(suite, rows[_row(prompt)], prompt, tokenizer) for prompt in prompts]
 
 
 def label_questions(
@@ -133,6 +131,12 @@ def _find(name: str, others: Suite) -> Suite | LabelSuite:
     all_of_it = "train" if Path(path).is_file() else "test"
     data = others.data.model_copy(update={"path": path, "split": split or all_of_it})
     return others.model_copy(update={"name": name, "data": data})
+
+
+def _question(suite: Suite, row: Row, prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> Question:
+    references = _accepted(suite, row, _row(prompt))
+    length = len(tokenizer(references[0], add_special_tokens=False)["input_ids"])
+    return Question(row=_row(prompt), prompt=prompt, references=references, reference_length=length)
 
 
 def _accepted(suite: Suite, row: Row, index: int) -> tuple[str, ...]:

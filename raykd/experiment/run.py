@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from pydantic import Field, model_validator
 
-from raykd.algorithms import DistiLLM
+from raykd.algorithms import DistiLLM, MiniLLM
 from raykd.algorithms.base import Needs
 from raykd.experiment.stage import Kept, Stage
 from raykd.experiment.workers import LearnerConfig, RewardConfig, RolloutConfig, TeacherConfig
@@ -100,6 +100,11 @@ class Experiment(Value):
                 raise ValueError(f"{where} has a reward_weight, but reward is not set; name a function or a classifier")
             if isinstance(algorithm, DistiLLM) and algorithm.schedule.step > 0:
                 self._measures("loss", f"{where} raises its share of student text by", "set schedule.step to 0")
+            if isinstance(algorithm, MiniLLM) and isinstance(algorithm.whiten, int) and algorithm.whiten < self.max_response:
+                raise ValueError(
+                    f"{where} whitens over {algorithm.whiten} positions a response, but max_response is {self.max_response}: "
+                    "sums over longer ones would be no means; raise whiten, or set it to tokens"
+                )
             if stage.keep != "last":
                 self._measures(stage.keep, f"stages.{index} keeps the best weights by", "set keep to last")
         for name, replicas in (("rollout", self.rollout), ("teachers", self.teachers)):

@@ -4,7 +4,7 @@ from wandb_workspaces.reports.v2 import LinePlot
 from wandb_workspaces.reports.v2.interface import PanelTypes
 from wandb_workspaces.workspaces import Section, Workspace
 
-from raykd.report.meanings import HELD_OUT, LOSS, SECTIONS, VERBS
+from raykd.report.meanings import HELD_OUT, LOSS, ON_TEXT, SECTIONS, VERBS, find
 from raykd.report.meanings import Section as Described
 from raykd.usage import LANES
 
@@ -31,9 +31,10 @@ def dashboard(entity: str, project: str, name: str = "raykd") -> Workspace:
 
 
 def _section(described: Described, prefix: str, *, is_open: bool) -> Section:
+    on_text = {name: meaning for name in ON_TEXT for section, meaning in [find(name)] if section is described}
     panels: list[PanelTypes] = [
         _panel([prefix + name], f"{meaning.title} [{meaning.unit}]" if meaning.unit else meaning.title)
-        for name, meaning in described.metrics.items()
+        for name, meaning in {**described.metrics, **on_text}.items()
     ]
     return Section(name=described.title, panels=panels, is_open=is_open)
 

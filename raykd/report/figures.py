@@ -1,7 +1,6 @@
 """The figures of the page: which numbers, under which title, with which key."""
 
 import math
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -51,7 +50,7 @@ def looks_of(names: Sequence[str]) -> dict[str, Look]:
 
 def number(value: float) -> str:
     """Three digits, all of a larger whole number."""
-    if value == 0 or 1000 <= abs(value) < 1e7:
+    if value == 0 or 999.5 <= abs(value) < 1e7:
         return f"{value:,.0f}"
     return f"{value:#.3g}".removesuffix(".")
 
@@ -112,7 +111,8 @@ def time_figures(run: RunLog) -> list[Figure]:
         figures.append(Figure(f"Seconds per step: {run.name}", stacked(parts, looks, x=STEPS, y="seconds per step"), look, keys))
     worked = {lane: [(line["step"], shares(line)[lane]) for line in run.steps if lane in shares(line)] for lane in LANES}
     if worked := {lane: points for lane, points in worked.items() if points}:
-        look = "Who is near 1 holds the others up: give it replicas or ranks, or let the others work ahead (max_staleness)."
+        look = "Who is near 1 holds the others up: give it replicas or ranks, make a reward cheaper, or let the others work "
+        look += "ahead (max_staleness)."
         meaning = Meaning(f"Share of the time that each worked: {run.name}", "share", look)
         figures.append(_figure(meaning, worked, looks_of(list(worked))))
     if rates:
@@ -147,16 +147,12 @@ def _boundaries(runs: Sequence[RunLog]) -> list[float]:
 
 
 def _step_numbers(run: RunLog) -> list[Numbers]:
-    """The steps as they are shown: the loss under its algorithm's name, the effective share for the squared weights."""
-    lasts = [span.last for span in run.spans]
+    """The steps as they are shown: the loss under its algorithm's name."""
     found = []
     for line in run.steps:
-        algorithm = run.spans[min(bisect_left(lasts, line["step"]), len(lasts) - 1)].algorithm
-        derived = {f"{LOSS_PREFIX}{algorithm}": line["loss"]} if "loss" in line else {}
-        if squared := line.get("importance_weight_squared"):
-            derived["effective_sample_share"] = line["importance_weight"] ** 2 / squared
-        kept = {name: y for name, y in line.items() if name != "loss" and not name.startswith(TIMES)}
-        found.append(kept | derived)
+        loss = {f"{LOSS_PREFIX}{run.span_at(line['step']).algorithm}": line["loss"]} if "loss" in line else {}
+        others = {name: y for name, y in line.items() if name != "loss" and not name.startswith(TIMES)}
+        found.append(others | loss)
     return found
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from raykd.algorithms import AnyAlgorithm
 from raykd.evaluation.results import Results
+from raykd.experiment import HIGHER_IS_BETTER
 from raykd.tracking import read_lines
 from raykd.usage import advice
 
@@ -55,6 +56,8 @@ class Span:
     algorithm: str
     first: int
     last: int
+    keep: str
+    """Which of its weights went on: the last, or the best by a held-out number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,21 @@ class RunLog:
     def last_step(self) -> int:
         return int(max((line["step"] for line in [*self.steps, *self.held_out]), default=0))
 
+    @property
+    def best(self) -> Numbers | None:
+        """The held-out numbers of the weights that the stage last measured keeps; None where it keeps the last."""
+        if not self.held_out:
+            return None
+        span = self.span_at(self.held_out[-1]["step"])
+        of_stage = [line for line in self.held_out if span.first <= line["step"] <= span.last]
+        measured = [line for line in of_stage if math.isfinite(line.get(span.keep, math.nan))]
+        choose = max if span.keep in HIGHER_IS_BETTER else min
+        return choose(measured, key=lambda line: line[span.keep], default=None)
+
+    def span_at(self, step: float) -> Span:
+        """The stage that took a step."""
+        return next((span for span in self.spans if step <= span.last), self.spans[-1])
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationLog:
@@ -95,6 +113,8 @@ class EvaluationLog:
     name: str
     results: Results
     answers: list[Answer]
+    notice: str
+    """What of the answers cannot be read; empty where all can."""
 
 
 def read(path: Path) -> tuple[RunLog | None, list[EvaluationLog]]:
@@ -151,7 +171,9 @@ def read_evaluation(path: Path) -> EvaluationLog:
         results = Results.model_validate_json(path.read_bytes())
     except ValidationError as error:
         raise ValueError(f"{path} is no result of raykd evaluate: {error.errors()[0]['msg']}") from error
-    return EvaluationLog(name=str(path), results=results, answers=_validated(Answer, path.with_suffix(".answers.jsonl"))[0])
+    file = path.with_suffix(".answers.jsonl")
+    answers, unread = _validated(Answer, file)
+    return EvaluationLog(name=str(path), results=results, answers=answers, notice=_damage(file.name, unread, finished=True))
 
 
 def _spans(stages: Sequence[Mapping[str, Any]]) -> Iterator[Span]:
@@ -160,7 +182,8 @@ def _spans(stages: Sequence[Mapping[str, Any]]) -> Iterator[Span]:
     first = 1
     for stage in stages:
         kind = stage["algorithm"]["kind"]
-        yield Span(algorithm=ALGORITHMS.get(kind, kind), first=first, last=first + stage["steps"] - 1)
+        last = first + stage["steps"] - 1
+        yield Span(algorithm=ALGORITHMS.get(kind, kind), first=first, last=last, keep=stage.get("keep", "last"))
         first += stage["steps"]
 
 

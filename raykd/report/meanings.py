@@ -165,6 +165,9 @@ OTHER = Section("Other numbers", "Logged by the run; this report has no descript
 
 SECTIONS = (TRAINING, TEXT, OFF_POLICY, OPTIMISER, OTHER)
 
+ON_TEXT = ("sft/nll", "kd/divergence", "kd/nll", "kd/entropy")
+"""What the loss on plain text says, under the name of its algorithm."""
+
 NOT_SHOWN = frozenset({"step", "importance_weight_squared", "step_seconds", "elapsed_seconds"})
 """The axis, or part of another number."""
 

@@ -1,7 +1,7 @@
 """Runs and evaluations -> page.html, filled in."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,6 +54,11 @@ def render(runs: Sequence[RunLog], evaluations: Sequence[EvaluationLog]) -> str:
 
 
 def _tell_apart(runs: dict[Path, RunLog]) -> list[RunLog]:
-    """Runs of the same name are called by their folder's folder, too."""
-    names = [run.name for run in runs.values()]
-    return [run if names.count(run.name) == 1 else replace(run, name="/".join(path.parts[-2:])) for path, run in runs.items()]
+    """Runs of the same name are called by as many of the folders above them as it takes."""
+    return [replace(run, name=_own_end(path, runs)) for path, run in runs.items()]
+
+
+def _own_end(path: Path, paths: Collection[Path]) -> str:
+    """The shortest end of a path that no other has."""
+    ends = (path.parts[-length:] for length in range(1, len(path.parts) + 1))
+    return next(str(Path(*end)) for end in ends if sum(other.parts[-len(end) :] == end for other in paths) == 1)

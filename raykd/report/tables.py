@@ -140,10 +140,10 @@ def sample_cards(samples: Sequence[Sample]) -> list[Card]:
 
 def duration(seconds: float) -> str:
     """``1 h 5 min``, ``3 min 20 s``, ``12 s``."""
-    minutes, hours = int(seconds // 60), int(seconds // 3600)
-    if hours:
-        return f"{hours} h {minutes % 60} min"
-    return f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _facts(run: RunLog) -> dict[str, str]:
@@ -157,10 +157,14 @@ def _facts(run: RunLog) -> dict[str, str]:
         "data": data,
         "stages": _stages(run),
     }
+    best = run.best
+    if best:
+        facts["weights kept"] = f"of step {best['step']:.0f}, the best of their stage"
     for name, meaning in HELD_OUT.metrics.items():
         values = [line[name] for line in run.held_out if name in line]
         if values and meaning.unit == NATS:
-            facts[f"{meaning.title}, {meaning.unit}"] = " → ".join(map(number, dict.fromkeys((values[0], values[-1]))))
+            last = best.get(name, values[-1]) if best else values[-1]
+            facts[f"{meaning.title}, {meaning.unit}"] = " → ".join(map(number, dict.fromkeys((values[0], last))))
     commit = of.get("code.commit", "")[:10] or "unknown"
     changed = ", with changes that were not committed" if of.get("code.modified") == "true" else ""
     return facts | {"wall time": duration(_elapsed(run)), "seed": of.get("seed", NOTHING), "code revision": commit + changed}
