@@ -66,6 +66,8 @@ class Pairs(_Source):
                 raise ValueError(f"{template!r} is no template: {error}; a field is {{name}}, a brace {{{{ or }}}}") from error
             if not fields:
                 raise ValueError(f"{template!r} names no field of the rows: write one as {{name}}")
+            if parts := sorted(field for field in fields if set(".[") & set(field)):
+                raise ValueError(f"{template!r} asks for a part of a field, {{{parts[0]}}}: bring the data with a field for it")
         return template
 
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -71,10 +72,10 @@ def load_function(name: str) -> Rate:
         if place.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(place).stem, Path(place).expanduser())
             assert spec is not None and spec.loader is not None, "a .py file has a loader"
-            module = importlib.util.module_from_spec(spec)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(place)
         return getattr(module, attribute)
-    except (ImportError, OSError, AttributeError) as error:
+    except (ImportError, OSError, AttributeError, SyntaxError, ValueError) as error:
         raise ValueError(f"reward.name {name} cannot be loaded: {error}") from error

@@ -95,6 +95,7 @@ def test_bad_input_is_named_with_its_field_and_a_remedy(
             "it has down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         ],
         ("--data.prompt", "question"): ["'question' names no field of the rows", "write one as {name}"],
+        ("--data.prompt", "{meta.title}"): ["'{meta.title}' asks for a part of a field, {meta.title}", "with a field for it"],
         ("--data.prompt", "{question"): ["'{question' is no template", "a field is {name}"],
         ("--data.path", broken): [broken, "cannot be read", "JSON parse error"],
         ("--data.path", chats): ["chats.jsonl, row 1: field 'prompt' is no text but a list"],

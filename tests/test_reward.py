@@ -14,8 +14,15 @@ from raykd.records import Rollout, Source
 from raykd.reward import Reward, load_function
 
 FUNCTIONS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+@dataclass
+class Weight:
+    value: float = 10
+
 def length(prompts, responses):
-    return [len(prompt) + 10 * len(response) for prompt, response in zip(prompts, responses)]
+    return [len(prompt) + Weight().value * len(response) for prompt, response in zip(prompts, responses)]
 
 def one_too_few(prompts, responses):
     return [0.0] * (len(prompts) - 1)
@@ -53,8 +60,10 @@ def test_a_function_may_be_in_a_package() -> None:
     assert load_function("operator:add") is __import__("operator").add
 
 
-@pytest.mark.parametrize("name", ["no.such.module:f", "operator:no_such_function", "no_such_file.py:f"])
-def test_a_function_that_is_not_there_is_named(name: str) -> None:
+@pytest.mark.parametrize("name", ["no.such.module:f", "operator:no_such_function", "no_such_file.py:f", "length", "wrong.py:f"])
+def test_a_function_that_is_not_there_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wrong.py").write_text("def f(:")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"reward.name {name}"):
         load_function(name)
 
