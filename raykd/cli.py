@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from raykd.experiment import Experiment
+from raykd.tracking import say
 
 KEEP_BRANCHES = (tyro.conf.AvoidSubcommands,)
 """Which algorithm a stage runs is written in the file; options change its fields."""
@@ -20,8 +21,8 @@ KEEP_BRANCHES = (tyro.conf.AvoidSubcommands,)
 ALSO = """
 
 Also: --resume RUN goes on with a run directory from its newest checkpoint, with the experiment that is written there and any
-options; --scale NAME takes another size of the same run, where
-the file has some; --show prints the experiment as JSON and stops."""
+options; --scale NAME takes another size of the same run, where the file has some; --show prints the experiment as JSON and
+stops."""
 
 
 def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] | None = None) -> None:
@@ -54,7 +55,7 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
     except ValueError as error:
         refuse(console, error)
     else:
-        console.print(f"student: {result.student}", highlight=False, soft_wrap=True, markup=False)
+        say(console, f"student: {result.student}")
 
 
 def refuse(console: Console, error: ValueError) -> NoReturn:

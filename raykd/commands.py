@@ -17,6 +17,7 @@ from raykd.evaluation.generate import Decoding
 from raykd.evaluation.suites import ALPACA, BUILT_IN, LabelSuite, Metric, Suite, find_suites
 from raykd.experiment import EngineConfig
 from raykd.prompts import Pairs
+from raykd.tracking import say
 from raykd.value import Value
 
 Flat = tyro.conf.arg(name="")
@@ -98,7 +99,7 @@ class Evaluate(Value):
         self._answers.write_text("".join(lines), encoding="utf-8")
         for table in results.tables():
             console.print(table)
-        console.print(f"results: {self.output}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"results: {self.output}")
 
     @property
     def _answers(self) -> Path:
@@ -149,7 +150,7 @@ class Report(Value):
     def run(self, console: Console) -> None:
         from raykd.report import write_report
 
-        console.print(f"report: {write_report(self.runs, self.output)}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"report: {write_report(self.runs, self.output)}")
 
 
 class Dashboard(Value):
@@ -164,7 +165,7 @@ class Dashboard(Value):
 
         if not os.environ.get("WANDB_API_KEY"):
             raise ValueError("WANDB_API_KEY is not set: a dashboard is kept by Weights & Biases; raykd report needs no account")
-        console.print(f"dashboard: {dashboard(self.entity, self.project).save().url}", highlight=False, soft_wrap=True)
+        say(console, f"dashboard: {dashboard(self.entity, self.project).save().url}")
 
 
 app = SubcommandApp()

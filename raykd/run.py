@@ -31,8 +31,8 @@ from raykd.prompts import Data, Documents, PromptStream, eos_id, pack_text, read
 from raykd.report import write_report
 from raykd.reward import load_function
 from raykd.start import start_workers
-from raykd.tracking import Tracker
-from raykd.train import Position, newest_checkpoint, restore_checkpoint, train
+from raykd.tracking import Tracker, say
+from raykd.train import Position, newest_checkpoint, restore_checkpoint, restore_data, train
 from raykd.usage import advice
 from raykd.validation import measure
 
@@ -63,8 +63,10 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
     if isinstance(experiment.reward, FunctionReward):
         load_function(experiment.reward.name)
     data = prepare(experiment, tokenizer)
+    if resume:
+        restore_data(data, resume)
     if data.left_out:
-        console.print(data.left_out, highlight=False, soft_wrap=True)
+        say(console, data.left_out)
     connect(experiment)
     folder = resume or new_folder(experiment)
     if resume:
@@ -78,24 +80,22 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
         max_length=experiment.max_length,
         seed=experiment.seed,
     )
-    console.print(f"run directory {folder}; starting the workers", highlight=False, soft_wrap=True)
+    say(console, f"run directory {folder}; starting the workers")
     tracking, config = experiment.tracking, experiment.model_dump(mode="json")
     # Before the workers: Weights & Biases may refuse its key.
     tracker = Tracker(folder, config, name=folder.name, wandb=tracking.wandb, project=tracking.project, console=console)
     workers = start_workers(experiment, facts)
     try:
         with tracker:
-            at = restore_checkpoint(workers, data, folder) if resume else Position()
+            at = restore_checkpoint(workers, folder) if resume else Position()
             before = {} if resume else measure(experiment, workers, data, tracker, at)
             after = train(experiment, workers, data, tracker, folder, at) or before
-            console.print(
-                advice(folder, max(stage.max_staleness for stage in experiment.stages)), highlight=False, soft_wrap=True
-            )
+            say(console, advice(folder, max(stage.max_staleness for stage in experiment.stages)))
             workers.save_student(folder / "student")
             tokenizer.save_pretrained(folder / "student")
     finally:
         workers.close()
-    console.print(f"report: {write_report([folder])}", highlight=False, soft_wrap=True)
+    say(console, f"report: {write_report([folder])}")
     return Result(folder=folder, student=folder / "student", before=before, after=after)
 
 
@@ -269,8 +269,7 @@ def load_experiment(folder: Path) -> Experiment:
 def weights(role: str, model: Model, tokenizer: PreTrainedTokenizerBase, experiment: Experiment, folder: Path) -> str:
     """Where a model's weights are; an architecture from scratch is initialised into the run directory first."""
     if model.scratch is None:
-        path = Path(model.path).expanduser()
-        return str(path.resolve()) if path.is_dir() else model.path
+        return _location(model)
     target = folder / f"{role}_init"
     if not target.exists():
         import torch
@@ -283,12 +282,18 @@ def weights(role: str, model: Model, tokenizer: PreTrainedTokenizerBase, experim
     return str(target)
 
 
-def _load(role: str, model: Model, loader: Any) -> Any:
+def _location(model: Model) -> str:
+    """The folder's whole path, since actors have working directories of their own; else the name on the Hub."""
     path = Path(model.path).expanduser()
-    if model.path.startswith((".", "/", "~")) and not path.is_dir():
+    return str(path.resolve()) if path.is_dir() else model.path
+
+
+def _load(role: str, model: Model, loader: Any) -> Any:
+    location = _location(model)
+    if model.path.startswith((".", "/", "~")) and not Path(location).is_dir():
         raise ValueError(f"{role}.path {model.path}: no such folder; give a Hugging Face model folder, or a name on the Hub")
     try:
-        return loader.from_pretrained(str(path) if path.is_dir() else model.path)
+        return loader.from_pretrained(location)
     except (OSError, ValueError) as error:
         raise ValueError(f"{role}.path {model.path} cannot be loaded: {str(error).splitlines()[0]}") from error
 

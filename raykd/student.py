@@ -116,7 +116,7 @@ class Student(nn.Module):
         for name in self._rates:
             setattr(config, name, 0.0)
         self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
-        mend_generation_config(self.model)
+        _mend_generation_config(self.model)
         # DeepSpeed casts every parameter to the student's dtype: a teacher of another one is kept whole.
         sharded = sharded and teacher_head is not None and teacher_head.weight.dtype == dtype
         if teacher_head is not None and not sharded:
@@ -189,7 +189,7 @@ def with_mismatch(reduce: Reduce) -> Reduce:
     return watched
 
 
-def mend_generation_config(model: PreTrainedModel) -> None:
+def _mend_generation_config(model: PreTrainedModel) -> None:
     """Some checkpoints have settings of sampling and no ``do_sample``, which transformers reads and refuses to write. ValueError
     where more is wrong."""
     generation = model.generation_config

@@ -68,12 +68,12 @@ class Tracker:
         self._progress.update(self._task, advance=1, numbers=numbers)
         self._done += 1
         if not self.console.is_terminal and self._done % max(1, self._total // 10) == 0:
-            self._print(f"{self._description}  {self._done}/{self._total}  {numbers}")
+            say(self.console, f"{self._description}  {self._done}/{self._total}  {numbers}")
 
     def log_held_out(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record held-out numbers under ``heldout/``."""
         self._write(step, {f"heldout/{name}": value for name, value in metrics.items()})
-        self._print(f"held out after step {step}:  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        say(self.console, f"held out after step {step}:  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """Keep answers as text: one line each in ``samples.jsonl``."""
@@ -86,8 +86,10 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log(dict(metrics), step=step)
 
-    def _print(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+
+def say(console: Console, text: str) -> None:
+    """Print it as it is: a name in brackets is no markup, and a long path stays in one piece."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -116,15 +116,20 @@ def save_checkpoint(workers: Workers, data: Data, run: Path, at: Position, promp
     forget_bests(run, at)
 
 
-def restore_checkpoint(workers: Workers, data: Data, run: Path) -> Position:
-    """The newest complete checkpoint of a run; raises ValueError when there is none."""
+def restore_data(data: Data, run: Path) -> None:
+    """Prompts and text go on where the newest checkpoint of a run left them; ValueError where they are not the same."""
+    _, state = newest_checkpoint(run)
+    data.prompts.restore(state["streams"]["prompts"])
+    if data.text is not None:
+        data.text.restore(state["streams"]["text"])
+
+
+def restore_checkpoint(workers: Workers, run: Path) -> Position:
+    """Learner and replay buffer go on from the newest complete checkpoint of a run; ValueError where there is none."""
     folder, state = newest_checkpoint(run)
     position = Position(**state["position"])
     workers.restore(folder / "learner", position.total)
     workers.call_replay("restore", pickle.loads((folder / "replay.pkl").read_bytes()))
-    data.prompts.restore(state["streams"]["prompts"])
-    if data.text is not None:
-        data.text.restore(state["streams"]["text"])
     return position
 
 

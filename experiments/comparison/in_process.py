@@ -27,7 +27,7 @@ from raykd.rollout.requests import GenerationRequest, derive_seed
 from raykd.run import check_models, new_folder, prepare, weights
 from raykd.teacher import Teacher
 from raykd.tracking import Tracker
-from raykd.train import restore_checkpoint, train
+from raykd.train import restore_checkpoint, restore_data, train
 from raykd.usage import Usage
 from raykd.validation import measure
 from raykd.weights import WeightUpdate, unpack, verify
@@ -46,7 +46,9 @@ def run_in_process(experiment: Experiment, console: Console, *, reads: bool = Fa
         data = replace(data, prompts=data.text, text=None)
     folder = experiment.runs.absolute() / experiment.name
     resumes = any(folder.glob("checkpoints/step-*/driver.json"))
-    if not resumes:
+    if resumes:
+        restore_data(data, folder)
+    else:
         shutil.rmtree(folder, ignore_errors=True)
         new_folder(experiment)
     facts = ModelFacts(
@@ -60,7 +62,7 @@ def run_in_process(experiment: Experiment, console: Console, *, reads: bool = Fa
     workers = InProcess(experiment, facts)
     config = experiment.model_dump(mode="json")
     with Tracker(folder, config, name=folder.name, wandb=False, project="", console=console) as tracker:
-        at = restore_checkpoint(workers, data, folder) if resumes else Position()
+        at = restore_checkpoint(workers, folder) if resumes else Position()
         if not resumes:
             measure(experiment, workers, data, tracker, at)
         train(experiment, workers, data, tracker, folder, at)

@@ -24,6 +24,7 @@ from raykd.experiment import EngineConfig, TeacherConfig
 from raykd.prompts import eos_id
 from raykd.records import Rollout
 from raykd.rollout.config import EngineSettings
+from raykd.tracking import say
 from raykd.value import Value
 
 T = TypeVar("T")
@@ -75,7 +76,7 @@ def evaluate(evaluation: Evaluation, console: Console) -> tuple[Results, list[di
     def each(what: str, do: Callable[[str], T]) -> dict[str, T]:
         found = {}
         for model in papers:
-            console.print(f"{model} {what}", markup=False, highlight=False, soft_wrap=True)
+            say(console, f"{model} {what}")
             found[model] = do(model)
         return found
 
