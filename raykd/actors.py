@@ -45,6 +45,17 @@ class ModelFacts:
     max_length: int
     """Longest prompt and response together."""
     seed: int
+    run: str | None = None
+    """The run directory; None where nobody saves anything."""
+
+    def check(self, *folders: str | None) -> None:
+        """Raises ValueError where this node does not see a folder that the driver's node has."""
+        for folder in folders:
+            if folder and Path(folder).is_absolute() and not Path(folder).is_dir():
+                raise ValueError(
+                    f"node {ray.util.get_node_ip_address()} does not see {folder}: models and run directories (--runs) must "
+                    "be on storage that every node mounts"
+                )
 
     def engine(self, replicas: RolloutConfig | TeacherConfig) -> EngineSettings:
         """Settings of the vLLM engine that writes, for these models."""
@@ -70,6 +81,7 @@ class RolloutActor(_Replica):
     def __init__(self, config: RolloutConfig, facts: ModelFacts) -> None:
         from raykd.rollout.worker import RolloutWorker
 
+        facts.check(facts.student)
         self._worker = RolloutWorker(facts.student, facts.engine(config), facts.eos_ids)
 
     async def generate(
@@ -121,6 +133,7 @@ class TeacherActor(_Replica):
         from raykd.teacher import Teacher
 
         assert facts.teacher is not None
+        facts.check(facts.teacher)
         with turn_on_gpu():
             self._teacher = Teacher(facts.teacher, config, vocab_size=facts.vocab_size, max_length=facts.max_length)
         self._eos_ids = facts.eos_ids
@@ -148,7 +161,7 @@ class TeacherActor(_Replica):
             await self._engine.forget(session)
 
     async def sleep(self) -> None:
-        """Of the engine that writes."""
+        """Put the writing engine to sleep: it gives its GPU memory back."""
         if self._engine is not None:
             await self._engine.sleep()
 
@@ -157,7 +170,7 @@ class TeacherActor(_Replica):
         torch.cuda.empty_cache()
 
     async def head(self) -> list[ray.ObjectRef]:
-        """One reference: to the frozen copy of the head that every learner rank holds."""
+        """A list of one reference, to the head that every learner rank keeps a frozen copy of."""
         return [ray.put(self._teacher.head())]
 
 
@@ -177,7 +190,7 @@ class RemoteWriter:
     """The teacher engines as one writer: a session stays with the engine that keeps its text, for as long as that lives.
 
     Turns that begin together and have the same length mostly end at the same step of an engine: they travel as one message,
-    of which either process can handle about a thousand a second.
+    since a process handles only about a thousand messages a second.
     """
 
     def __init__(self, handles: Sequence[ActorHandle]) -> None:
@@ -226,6 +239,10 @@ class LearnerActor:
     def __init__(self, config: LearnerConfig, facts: ModelFacts, rank: int) -> None:
         self._config, self._facts, self._rank = config, facts, rank
 
+    def check(self) -> None:
+        """Raises ValueError where a folder is missing on this node."""
+        self._facts.check(self._facts.student, self._facts.run)
+
     def address(self) -> tuple[str, int]:
         """Where rank 0 will listen for the others."""
         with socket.socket() as listener:
@@ -235,16 +252,16 @@ class LearnerActor:
     def start(self, address: tuple[str, int], heads: list[ray.ObjectRef]) -> None:
         from raykd.learner import Learner
 
-        self._learner = Learner(
-            self._facts.student,
-            config=self._config,
-            rank=self._rank,
-            address=address,
-            vocab_size=self._facts.vocab_size,
-            pad_id=self._facts.eos_ids[0],  # never seen: masks come from lengths
-            teacher_head=ray.get(heads[0]) if heads else None,
-            fetch=ray.get,
-        )
+        with turn_on_gpu():
+            self._learner = Learner(
+                self._facts.student,
+                config=self._config,
+                rank=self._rank,
+                address=address,
+                vocab_size=self._facts.vocab_size,
+                teacher_head=ray.get(heads[0]) if heads else None,
+                fetch=ray.get,
+            )
         let_go(OBJECT_STORE)  # the teacher's head has been copied from there
 
     def gpu(self) -> str | None:
@@ -257,7 +274,7 @@ class LearnerActor:
         self._learner.publish_on_gpu()
 
     def publish_between_nodes(self) -> None:
-        """Where NIXL is installed."""
+        """Offer published weights to other nodes, if NIXL is installed."""
         if available():
             self._learner.publish_between_nodes()
 
@@ -289,6 +306,3 @@ class LearnerActor:
 
     def save_student(self, folder: Path) -> None:
         self._learner.save_student(folder)
-
-    def close(self) -> None:
-        self._learner.close()

@@ -101,7 +101,7 @@ class _Agent:
         self._agent.registerMem(self._nixl.nixlRegDList(self._nixl.DRAM_SEG, places), [self._ucx])
 
     def description(self) -> bytes:
-        """Of this process and all that it has registered, for others."""
+        """Describes this process and the memory it has registered, for processes of other nodes."""
         return self._agent.getLocalMD()
 
     def read(self, remote: Remote, into: Segment, deadline_s: float) -> None:

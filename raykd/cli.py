@@ -37,7 +37,7 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
         if options.resume is not None:
             if options.scale is not None:
                 raise ValueError(f"--scale {options.scale} is for new runs: one that goes on has the size that it began with")
-            from raykd.run import load_experiment
+            from raykd.run_directory import load_experiment
 
             experiment = load_experiment(options.resume)
         elif options.scale is not None:

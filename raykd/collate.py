@@ -21,7 +21,7 @@ from raykd.records import Batch, Row, Scores, Source, Totals
 CPU = torch.device("cpu")
 Fetch = Callable[[Any], Scores]
 """A reference to a block of scores -> the block."""
-Lay = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], int], Layout]
+Lay = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], Layout]
 """``packing.packed`` or ``packing.padded``."""
 
 
@@ -58,10 +58,10 @@ class MicroBatch:
     logprobs: Tensor
     """[N] of the teacher; empty likewise."""
     batch: Batch
-    """[B, T], what the algorithm's loss sees."""
+    """[B, T], what ``per_sequence`` and ``token_weights`` see."""
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same micro-batch on another device."""
+        """A copy on ``device``."""
         return _moved(self, device)
 
 
@@ -80,7 +80,7 @@ def deal(rows: Sequence[Row], ranks: int) -> list[list[Row]]:
 
 def length(row: Row) -> int:
     """Tokens of prompt and response."""
-    return len(row.rollout.prompt_tokens) + len(row.rollout.tokens)
+    return row.rollout.length
 
 
 def micro_batches(rows: Sequence[Row], size: int, lay: Lay = padded) -> list[list[Row]]:
@@ -97,16 +97,14 @@ def collate(
     fetch: Fetch,
     teacher_head: Head | None,
     vocab_size: int,
-    pad_id: int,
     lay: Lay = padded,
     device: torch.device = CPU,
 ) -> MicroBatch:
     """Lay rows out as one micro-batch on ``device``. No rows give one token and N = 0: ranks without work still join the
     collectives. What the teacher sent, the most by far, is put together there, all else on the CPU."""
-    layout = lay([row.rollout.prompt_tokens for row in rows], [row.rollout.tokens for row in rows], pad_id)
+    layout = lay([row.rollout.prompt_tokens for row in rows], [row.rollout.tokens for row in rows])
     responses = [row.rollout.tokens for row in rows] or [()]
-    # A text without a prompt is predicted from its second token on: nothing predicts the first.
-    firsts = [0 if row.rollout.prompt_tokens else 1 for row in rows] or [0]
+    firsts = [row.rollout.first_predicted for row in rows] or [0]
     predicted = [range(first, len(response)) for first, response in zip(firsts, responses, strict=True)]
     scores = [_scores(row, algorithm.needs, fetch) for row in rows] or [None]
 
@@ -147,7 +145,7 @@ def _batch(
         student_logprobs=torch.where(mask, student, 0.0),
         teacher_logprobs=torch.where(mask, teacher, 0.0),
         behaviour_logprobs=torch.where(mask & torch.tensor(known or [False])[:, None], behaviour, 0.0),
-        by_student=torch.tensor([row.rollout.source in (Source.STUDENT, Source.MIXED) for row in rows] or [False]),
+        by_student=torch.tensor([row.rollout.source.author is Source.STUDENT for row in rows] or [False]),
         rewards=torch.tensor([row.reward for row in rows] or [0.0]),
     )
 

@@ -40,7 +40,7 @@ class Rows(Value):
     """Files and Hub data sets: what is measured beside Rouge-L."""
 
     def suite(self) -> Suite:
-        """What they have in common."""
+        """The suite that these options describe."""
         without_input = self.prompt_without_input
         if without_input is None and self.prompt == ALPACA.prompt:
             without_input = ALPACA.prompt_without_input
@@ -157,7 +157,7 @@ class Dashboard(Value):
     """The report's curves as a workspace of a Weights & Biases project: the same names, sections and order."""
 
     entity: str
-    """Whose project it is: a user or a team."""
+    """Owner of the project: a user or a team."""
     project: str = "raykd"
 
     def run(self, console: Console) -> None:

@@ -21,11 +21,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 ROWS = 1024
-"""Of the weight, in a block."""
+"""Rows of the weight in one block."""
 STATES = 64
-"""Multiplied at a time. The kernel is compiled anew for each number of them."""
+"""Hidden states multiplied at a time; the kernel is compiled anew for each number of them."""
 COLUMNS = 512
-"""Of a weight's gradient, in a block of ``ROWS``."""
+"""Columns of a weight's gradient in one block; it has ``ROWS`` rows."""
 
 
 class PackedWeight:
@@ -102,7 +102,7 @@ class _Kernel(NamedTuple):
     multiply: Callable[..., None]
     """M, N, K, distances of rows of the three matrices, whether to add, the matrices, whether the second lies in pairs."""
     release: Callable[[bool], None]
-    """What a thread holds of the CPU for it."""
+    """Gives back the part of the CPU that a thread holds for the kernel."""
     in_parallel: Callable[..., None]
     """OpenMP's: a function and its argument, number of threads, flags."""
     thread_number: Callable[[], int]

@@ -148,12 +148,12 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def forward(first: Tensor, second: Tensor) -> tuple[Tensor, ...]:
-        """The values, and what the gradient needs: probabilities, terms, and which values are infinite."""
+        """The values, and what the gradient needs: probabilities, terms, and which values are infinite, empty for none."""
         probabilities = first.exp()
         if can_look(first):
             terms = (first - second).mul_(probabilities)
             if all_finite(values := terms.sum(-1)):
-                return values, probabilities, terms, torch.zeros((), dtype=torch.bool)
+                return values, probabilities, terms, torch.zeros(0, dtype=torch.bool)
         floor = torch.finfo(first.dtype).min / 4
         terms = first.clamp(min=floor) - second.clamp(min=floor)
         impossible = terms.amax(-1) > -floor / 2
@@ -172,14 +172,15 @@ class _KL(torch.autograd.Function):
         if upstream[0] is None:
             return None, None
         probabilities, terms, impossible = ctx.saved_tensors
-        slope = (upstream[0].masked_fill(impossible, 0.0) if impossible.ndim else upstream[0]).unsqueeze(-1)
+        slope = (upstream[0].masked_fill(impossible, 0.0) if impossible.numel() else upstream[0]).unsqueeze(-1)
         to_first = (terms + probabilities).mul_(slope) if ctx.needs_input_grad[0] else None
         return to_first, probabilities * -slope if ctx.needs_input_grad[1] else None
 
 
-@torch.no_grad()
-def _head_weight(student: Tensor, teacher: Tensor, head_mass: float, boundary: Boundary) -> Tensor:
-    """The head's part of sum_v |p_v - q_v|, 1/2 where that sum is 0; ``[...]``."""
+@torch.library.custom_op("raykd::head_weight", mutates_args=())
+def _head_weight(student: Tensor, teacher: Tensor, head_mass: float, boundary: str) -> Tensor:
+    """The head's part of sum_v |p_v - q_v|, 1/2 where that sum is 0; ``[...]``. An operator, since it looks at its numbers:
+    compiled programs end where they would have to."""
     probabilities = teacher.exp()
     gaps = (probabilities - student.exp()).abs()
     size = min(HEAD_CANDIDATES, teacher.shape[-1])
@@ -194,6 +195,11 @@ def _head_weight(student: Tensor, teacher: Tensor, head_mass: float, boundary: B
     head_gap = (gaps.gather(-1, order) * head).sum(-1)
     tiny = torch.finfo(gaps.dtype).tiny
     return (head_gap + tiny) / (gaps.sum(-1) + 2 * tiny)
+
+
+@_head_weight.register_fake
+def _(student: Tensor, teacher: Tensor, head_mass: float, boundary: str) -> Tensor:
+    return student.new_empty(student.shape[:-1])
 
 
 def _checked(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,8 @@
 """Where actors are placed, how work reaches them, what happens when one dies.
 
-rollouts   N replicas   generate, load, sleep (RLlib's actor manager: health, restarts, deadlines)
-teachers   N replicas   score, complete       (likewise)
-learner    N ranks      step, evaluate, publish, save, restore     (one gang: a dead rank ends the run)
-replay     1 actor      add, sample, state, restore
+rollouts, teachers   N replicas, each its own   a dead one is restarted, the others do its work; RLlib's actor manager knows
+                                                who is healthy
+learner              N ranks, one gang          a dead rank ends the run, which resumes from its checkpoint
 """
 
 import logging
@@ -11,6 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import distributions
 from typing import Any
 
 import ray
@@ -25,6 +25,8 @@ RESTARTS = 3
 LOG = logging.getLogger(__name__)
 START_DEADLINE_S = 1800.0
 """Longest wait for GPUs, and for actors to load their models."""
+NOTICE_S = 10
+"""A longer wait for GPUs is told."""
 
 HEAP = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=0x2000000:glibc.malloc.trim_threshold=0x40000000"
 """On CPU, tensors live in the C library's heap. By itself it gives what is freed back to the system, which hands it out again
@@ -38,7 +40,7 @@ class Fleet:
     def __init__(self, name: str, actors: Sequence[ActorHandle], deadline_s: float) -> None:
         self.name, self.actors, self.deadline_s = name, list(actors), deadline_s
         self.on_restart: Callable[[], None] = lambda: None
-        """Called after replicas came back, before they get work: they start again with their initial weights."""
+        """Called after replicas have restarted, with their initial weights, and before they get work."""
         logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)  # what it reports is handled here
         self._manager = FaultTolerantActorManager(self.actors)
         self._turn = threading.RLock()  # the manager serves one caller at a time; loading after a restart is part of a call
@@ -72,7 +74,7 @@ class Fleet:
     def _round(
         self, method: str, assignment: dict[int, int], calls: Sequence[dict[str, Any]], kept: bool = False
     ) -> dict[int, Any]:
-        """One call per replica (replica -> index of its call); results by replica, without those that have died."""
+        """Make one call per replica (replica -> index of its call); results by replica, without those that died."""
         answers: dict[Any, tuple[int, Any]] = {}
         for replica, index in assignment.items():
             verb: Any = getattr(self._manager.actors()[replica], method)
@@ -112,6 +114,10 @@ class Fleet:
                 break
             time.sleep(1.0)
         if not (replicas := self._manager.healthy_actor_ids()):
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{self.name} fleet: no node had room to restart a replica within {START_DEADLINE_S:g} s; add one"
+                )
             raise RuntimeError(f"{self.name} fleet: no replica is alive after {RESTARTS} restarts each; their logs say why")
         return replicas
 
@@ -141,25 +147,29 @@ class Placement:
         self.group: PlacementGroup | None = None
         self._next_bundle = 0
         self._crowded = crowded
-        bundles = [{"GPU": amount, "CPU": 1.0} for amount in gpus if amount > 0]
+        bundles = [{"GPU": amount} for amount in gpus if amount > 0]
         if bundles:
             self.group = placement_group(bundles, strategy="PACK")
+            if not self.group.wait(NOTICE_S):
+                LOG.warning("waiting for %g GPUs, of which %g are free", sum(gpus), ray.available_resources().get("GPU", 0.0))
             if not self.group.wait(START_DEADLINE_S):
                 self.release()
                 raise TimeoutError(
                     f"the cluster did not free {sum(gpus):g} GPUs within {START_DEADLINE_S:g} s: stop other jobs or add nodes"
                 )
 
-    def create(self, actor_class: type, *arguments: Any, gpus: float, threads: int, restarts: int = 0) -> ActorHandle:
+    def create(
+        self, actor_class: type, *arguments: Any, gpus: float, threads: int, restarts: int = 0, starts_vllm: bool = False
+    ) -> ActorHandle:
         """A remote ``actor_class(*arguments)`` on its reserved GPUs."""
         strategy: Any = "DEFAULT"
         if gpus > 0:
             assert self.group is not None, "an actor asks for GPUs that were not reserved"
             strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self._next_bundle)
             self._next_bundle += 1
-        options = {"num_gpus": gpus, "num_cpus": 1 if gpus else 0, "scheduling_strategy": strategy}
+        options = {"num_gpus": gpus, "num_cpus": 0, "scheduling_strategy": strategy}
         remote = ray.remote(actor_class).options(
-            runtime_env={"env_vars": environment(threads, on_cpu=not gpus, crowded=self._crowded)},
+            runtime_env={"env_vars": environment(threads, on_cpu=not gpus, crowded=self._crowded, starts_vllm=starts_vllm)},
             max_restarts=restarts,
             **options,
         )
@@ -171,13 +181,20 @@ class Placement:
             remove_placement_group(self.group)
 
 
-def environment(threads: int, *, on_cpu: bool, crowded: bool = False) -> dict[str, str]:
-    """Of an actor's process, from its start; what the user has set of the C library and of OpenMP's waiting stays."""
+def environment(threads: int, *, on_cpu: bool, crowded: bool = False, starts_vllm: bool = False) -> dict[str, str]:
+    """Environment variables of an actor's process; what the user has set for the C library and OpenMP's waiting stays."""
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if on_cpu and not (starts_vllm and vllm_needs_gpu()):  # Ray hides no GPU from those that ask for none
+        env["CUDA_VISIBLE_DEVICES"] = ""
     wanted = {"GLIBC_TUNABLES": HEAP} if on_cpu else {}
     if crowded:  # a thread that waits for another of its process spins, on the core that the other one needs
         wanted["OMP_WAIT_POLICY"] = "passive"
     return env | {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def vllm_needs_gpu() -> bool:
+    """Whether the vLLM that is installed is the one for GPUs; it starts on nothing else."""
+    return any(distributions(name="vllm"))
 
 
 def get(references: Any, deadline_s: float, what: str) -> Any:

@@ -20,15 +20,15 @@ from torch import Tensor
 BLOCK_V, BLOCK_H, BLOCK_N = 128, 128, 64
 WARPS, STAGES = 4, 3
 SCALED = 8192
-"""Numbers at a time."""
+"""Numbers that a block handles at a time."""
 
 
 class Sum:
-    """Of products ``first.T @ second``, ``[n, V]`` and ``[n, H]``, that are added in order."""
+    """A running sum of products ``first.T @ second`` of ``[n, V]`` and ``[n, H]``, added in order."""
 
     def __init__(self, total: Tensor) -> None:
-        """Into ``total``, ``[V, H]``. Raises NotImplementedError for what is not bfloat16 on a GPU of Hopper's kind or later, or
-        has rows that its copying engine does not take."""
+        """The sum goes to ``total``, ``[V, H]``. Raises NotImplementedError where that is not bfloat16 on a GPU of Hopper's kind
+        or later, or has rows that its copying engine does not take."""
         suits = total.is_cuda and total.dtype == torch.bfloat16 and total.shape[1] % 16 == 0
         if not suits or torch.cuda.get_device_capability(total.device) < (9, 0) or find_spec("triton") is None:
             raise NotImplementedError(f"no sums of {total.dtype} {list(total.shape)} on {total.device} in three bytes")
@@ -37,7 +37,7 @@ class Sum:
         self._blocks = -(-total.shape[0] // BLOCK_V) * -(-total.shape[1] // BLOCK_H)
 
     def add(self, first: Tensor, second: Tensor, *, begins: bool, ends: bool) -> None:
-        """One product; ``total`` holds the sum of all once the one that ``ends`` it is in."""
+        """Add one product; ``total`` is the whole sum after the product that ``ends`` it."""
         if len(first) == 0:  # it is the only one, and nothing describes a matrix without rows
             self._total.zero_()
             return
@@ -47,7 +47,7 @@ class Sum:
 
 
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
-    """Of a matrix that is read or written in blocks."""
+    """Describes a matrix to the hardware that reads and writes it in blocks."""
     from triton.tools.tensor_descriptor import TensorDescriptor  # pyright: ignore[reportMissingImports]
 
     return TensorDescriptor.from_tensor(matrix, [rows, columns])

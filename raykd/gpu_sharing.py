@@ -29,7 +29,7 @@ class Handle:
     gpu: str
     """UUID of the GPU that it lies on."""
     storage: tuple[Any, ...]
-    """What torch tells other processes of it, but for the owner's number of the GPU."""
+    """The IPC handle that torch gives to other processes, without the owner's index of the GPU."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +49,7 @@ class GpuRegion:
         return int(self.open()[:8].view(torch.int64))
 
     def checksum(self) -> int:
-        """That of sharing.py, computed where the bytes lie."""
+        """The checksum of sharing.py, computed on the GPU."""
         return checksum(self.open())
 
 
@@ -63,7 +63,7 @@ class GpuSegment:
         self._end = 0
 
     def begin(self) -> None:
-        """What follows is written over what is there."""
+        """Start again at the front: the next writes replace what is there."""
         self._end = 0
 
     def write(self, edition: int, parts: Sequence[Tensor]) -> tuple[GpuRegion, int]:

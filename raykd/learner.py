@@ -1,6 +1,6 @@
 """One DeepSpeed rank: rows of the replay buffer in, weights out. A plain class; nothing here knows who calls it.
 
-    learner = Learner(folder, config=config, rank=rank, address=address, vocab_size=V, pad_id=0, teacher_head=head, fetch=ray.get)
+    learner = Learner(folder, config=config, rank=rank, address=address, vocab_size=V, teacher_head=head, fetch=ray.get)
     learner.begin(optimiser)                                # a stage: AdamW starts afresh; tune(optimiser) keeps its moments
     metrics = learner.step(terms, learning_rate)            # terms: list of LossTerm, this rank's rows
     update = learner.publish(version)                       # a WeightUpdate on rank 0, None elsewhere
@@ -15,6 +15,7 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import redirect_stdout
+from datetime import timedelta
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from raykd.experiment import LearnerConfig, Optimiser
 from raykd.fused import fuse
 from raykd.gpu_sharing import gpu_uuid
 from raykd.projection import Head
-from raykd.rank import SteadyAdamW, connect, deepspeed_config, zero_stage
+from raykd.rank import SteadyAdamW, connect, deepspeed_config, settings, zero_stage
 from raykd.records import Row
 from raykd.student import Student
 from raykd.weights import Shelves, WeightUpdate, grouped
@@ -53,12 +54,11 @@ class Learner:
         rank: int,
         address: tuple[str, int],
         vocab_size: int,
-        pad_id: int,
         teacher_head: Head | None = None,
         fetch: Fetch = lambda block: block,
     ) -> None:
         self.config, self.rank = config, rank
-        self._vocab_size, self._pad_id, self._fetch = vocab_size, pad_id, fetch
+        self._vocab_size, self._fetch = vocab_size, fetch
         if config.threads:
             torch.set_num_threads(config.threads)
         self.device = connect(rank, config.ranks, address, config.deadline_s)
@@ -87,6 +87,9 @@ class Learner:
         adam = SteadyAdamW((p for p in self._student.parameters() if p.requires_grad), self._absurd)
         with redirect_stdout(None):  # its bfloat16 optimiser prints the memory use
             engine, *_ = deepspeed.initialize(model=self._student, optimizer=adam, config=deepspeed_config(config))
+        # DeepSpeed makes a group of its own, without a deadline: NCCL's would be ten minutes.
+        group: Any = deepspeed.utils.groups._get_data_parallel_group()
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.deadline_s), group)
         self._engine: Any = engine  # DeepSpeed has no usable annotations
         if config.ranks == 1 and not zero_stage(config):
             engine.enable_backward_allreduce = False  # the gradients of a single rank would be copied there and back
@@ -241,7 +244,6 @@ class Learner:
             fetch=self._fetch,
             teacher_head=self._teacher_head,
             vocab_size=self._vocab_size,
-            pad_id=self._pad_id,
             lay=self._student.lay,
             device=self.device,
         )
@@ -250,7 +252,13 @@ class Learner:
         """Clip and step, and return the gradient norm; where that is not finite or absurd, drop the gradient."""
         if self._sharded_optimiser is not None:
             self._engine.step()
-            return float(self._engine.get_global_grad_norm()) if self._engine.was_step_applied() else math.inf
+            if self._engine.was_step_applied():
+                return float(self._engine.get_global_grad_norm())
+            if self.config.offload_optimiser and zero_stage(self.config) < 3:
+                # DeepSpeed 0.19 forgets this gradient only where nothing is offloaded: the next would be added to it.
+                kept = self._sharded_optimiser.averaged_gradients
+                kept.update(dict.fromkeys(kept))
+            return math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self._student.parameters(), self._optimiser.gradient_clip))
         if norm <= self._optimiser.gradient_limit:
             self._engine.step()
@@ -265,7 +273,7 @@ class Learner:
         )
 
     def _count(self, skipped: bool, norm: float) -> None:
-        """The norm is the same on all ranks: so is the end of all patience."""
+        """Raises FloatingPointError after ``max_skipped`` skipped steps in a row: on all ranks, since all see the same norm."""
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if self._skipped_in_a_row >= self._optimiser.max_skipped:
             raise FloatingPointError(
@@ -274,12 +282,10 @@ class Learner:
             )
 
     def _layout(self) -> dict[str, Any]:
-        """What a checkpoint depends on."""
+        """What must be equal where a checkpoint is written and where it is read."""
         shapes = {name: [*getattr(tensor, "ds_shape", tensor.shape)] for name, tensor in self._state.items()}
         digest = blake2b(json.dumps(shapes).encode(), digest_size=16).hexdigest()
-        sizes = {"ranks": self.config.ranks, "zero_stage": zero_stage(self.config), "dtype": self.config.dtype}
-        lora = {"lora": self.config.lora.model_dump(mode="json")} if self.config.lora.rank else {}
-        return {"parameters": digest} | sizes | lora
+        return {"parameters": digest} | settings(self.config)
 
     def _distinct(self) -> list[str]:
         """Names of parameters and buffers, of tied ones the first."""
@@ -314,5 +320,5 @@ def _prefix(terms: Sequence[LossTerm], term: LossTerm) -> str:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Of the whole tensor, also where ZeRO-3 holds a part of it."""
+    """Bytes of the whole tensor, also where this rank holds only its ZeRO-3 part."""
     return getattr(tensor, "ds_numel", tensor.numel()) * tensor.itemsize

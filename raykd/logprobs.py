@@ -32,12 +32,12 @@ def entropy(logprobs: Tensor) -> Tensor:
 
 
 def can_look(values: Tensor) -> bool:
-    """Whether a program may go on as its numbers are. A GPU would have to wait for them, a compiled program to stop."""
+    """Whether Python may branch on these numbers: a GPU would have to be waited for, a compiled program would end there."""
     return values.is_cpu and not torch.compiler.is_compiling()
 
 
 def all_finite(values: Tensor) -> bool:
-    """Of sums over the vocabulary: whether no entry was infinite. Passes that deal with infinities can then be left out."""
+    """Whether sums over the vocabulary are finite: no entry was infinite then, and passes over infinities are spared."""
     return bool(values.isfinite().all())
 
 
@@ -56,10 +56,9 @@ def mixture_logprobs(student: Tensor, teacher: Tensor, share: float | Tensor) ->
     return mixed.masked_fill(mixed <= floor, -torch.inf)
 
 
-def masked_sum(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+def masked_sum(values: Tensor, mask: Tensor, dim: int) -> Tensor:
     """Sum of the entries where ``mask`` is True; whatever stands elsewhere, NaN included, counts for nothing."""
-    kept = torch.where(mask, values, 0.0)
-    return kept.sum() if dim is None else kept.sum(dim)
+    return torch.where(mask, values, 0.0).sum(dim)
 
 
 def returns_to_go(rewards_BT: Tensor, mask: Tensor, discount: float = 1.0) -> Tensor:

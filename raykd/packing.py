@@ -27,6 +27,8 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 """Largest difference of packed and plain states, relative to the largest state."""
 
 Tokens = Sequence[int]
+PADDING = 0
+"""Token at the end of shorter rows; nobody learns from it or looks at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Ragged(NamedTuple):
     key_ends: Tensor
     """[segments + 1] int32, from 0."""
     longest: tuple[int, int]
-    """Of the queries and of the keys of a segment."""
+    """Most queries and most keys of any segment."""
 
     @classmethod
     def of(cls, segments: Sequence[Segment], device: torch.device) -> "Ragged":
@@ -78,7 +80,7 @@ class Ragged(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """Where the tokens stand."""
+    """Token ids as the model reads them, and where each response is predicted."""
 
     input_ids: Tensor
     """[R, S] int64."""
@@ -88,12 +90,12 @@ class Layout:
     position_ids: Tensor | None = None
     """[1, S] where packed."""
     segments: tuple[Segment, ...] | None = None
-    """Where packed: each position is in one of them, in order."""
+    """Packed layouts only: every position is in one segment, in order."""
     ragged: Ragged | None = None
-    """Where packed on a GPU: the same."""
+    """Packed layouts on a GPU only: the segments as flash attention takes them."""
 
     def to(self, device: torch.device) -> "Layout":
-        """The same on another device."""
+        """A copy on ``device``."""
         return replace(
             self,
             input_ids=self.input_ids.to(device),
@@ -109,10 +111,10 @@ class Layout:
         return body(input_ids=self.input_ids, use_cache=False, **packed).last_hidden_state.flatten(0, 1)
 
 
-def padded(prompts: Sequence[Tokens], responses: Sequence[Tokens], pad_id: int) -> Layout:
+def padded(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> Layout:
     """One row a response. No attention mask: under causal attention nothing real looks at padding on its right."""
-    rows = [[*prompt, *response][:-1] or [pad_id] for prompt, response in zip(prompts, responses, strict=True)] or [[pad_id]]
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad_id)
+    rows = [[*prompt, *response][:-1] or [PADDING] for prompt, response in zip(prompts, responses, strict=True)] or [[PADDING]]
+    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=PADDING)
     width = ids.shape[1]
     predictors = [
         [row * width + max(0, len(prompt) - 1 + slot) for slot in range(len(response))]
@@ -121,7 +123,7 @@ def padded(prompts: Sequence[Tokens], responses: Sequence[Tokens], pad_id: int) 
     return Layout(input_ids=ids, predictors=predictors)
 
 
-def packed(prompts: Sequence[Tokens], responses: Sequence[Tokens], pad_id: int) -> Layout:
+def packed(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> Layout:
     """One row, the responses of a prompt behind it. The last token of a response predicts nothing and is left out."""
     asked: dict[Tokens, list[int]] = {}
     for index, prompt in enumerate(prompts):
@@ -148,7 +150,7 @@ def packed(prompts: Sequence[Tokens], responses: Sequence[Tokens], pad_id: int) 
         else:
             segments += [Segment(shared), *(Segment(own, shared if prompt else None) for own in placed)]
     if not ids:
-        segments = [Segment(lay([pad_id], 0))]
+        segments = [Segment(lay([PADDING], 0))]
     return Layout(
         input_ids=torch.tensor([ids]),
         predictors=predictors,
@@ -162,7 +164,7 @@ def can_pack(model: PreTrainedModel) -> bool:
     """Whether packed and plain states are the same; if so, the model is set up to read both."""
     usual = str(model.config._attn_implementation)
     prompts, responses = ((1, 2, 3), (4, 5), (4, 5), ()), ((6, 7, 8), (9, 10), (11, 12, 13), (14, 15))
-    together, apart = (lay(prompts, responses, 0).to(model.device) for lay in (packed, padded))
+    together, apart = (lay(prompts, responses).to(model.device) for lay in (packed, padded))
     plain = apart.states(model.base_model)
     try:
         model.set_attn_implementation(ATTENTION)

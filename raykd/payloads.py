@@ -22,7 +22,7 @@ class Probe(NamedTuple):
     """log p of the response token; [N] float32."""
 
     def write(self, at: slice, log_normaliser: Tensor, logprobs: Tensor) -> None:
-        """What was found at some positions."""
+        """Record the numbers of some positions."""
         self.log_normaliser[at], self.logprobs[at] = log_normaliser, logprobs
 
 
@@ -35,7 +35,7 @@ class Top(NamedTuple):
     """[N, K + 1] float32; the last is that of all other tokens."""
 
     def rows(self, at: slice) -> "Top":
-        """Of some positions, in place."""
+        """A view of some positions."""
         return Top(self.tokens[at], self.logprobs[at])
 
     def spread(self, vocab_size: int) -> Tensor:
@@ -46,8 +46,8 @@ class Top(NamedTuple):
 
 
 def payload_bytes(hidden_size: int, vocab_size: int, dtype: torch.dtype, top_k: int | None = None) -> dict[str, int]:
-    """Of one response token: hidden states in the teacher's dtype; logits in float32; ids and log-probs of the ``top_k`` tokens
-    that a divergence looks at, and of all others. The 8 bytes of the probe come on top."""
+    """Bytes of one response token by payload: hidden states in the teacher's dtype; logits in float32; ids and log-probs of the
+    ``top_k`` tokens that a divergence looks at, and of all others. The 8 bytes of the probe come on top."""
     sizes = {"hidden": hidden_size * dtype.itemsize, "logits": vocab_size * 4}
     return sizes if top_k is None or top_k >= vocab_size else sizes | {"top": 8 * top_k + 4}
 

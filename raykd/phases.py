@@ -55,7 +55,7 @@ class _Begun:
     mixture: Mixture
     rows: Future[list[Row]]
     stream: dict[str, Any]
-    """Where the prompts stood before."""
+    """State of the prompt stream before the phase took from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ class Phases:
 
     @property
     def unlearned(self) -> dict[str, Any]:
-        """Where the prompts stood before the phases that nobody has learned from."""
+        """State of the prompt stream before the phases that nobody has learned from."""
         return self._begun[0].stream if self._begun else self._prompts.state()
 
     def settle(self) -> None:
@@ -133,7 +133,7 @@ class Phases:
         num_phases = self._next_step // self._stage.steps_per_phase
 
         def whole(share: float) -> int:
-            """Of this phase's prompts; what rounding takes from one phase the next ones give back."""
+            """A share of this phase's prompts as a whole number; what rounding takes from one phase the next ones give back."""
             before, after = (math.floor(share * num_prompts * count + 0.5) for count in (num_phases, num_phases + 1))
             return after - before
 

@@ -81,16 +81,16 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     packed: PackedWeight | None = None
-    """The same weight as a CPU multiplies by bfloat16."""
+    """The weight as a CPU multiplies bfloat16 by it."""
     tail: Tensor | None = None
-    """Its last rows, and zeros, as a GPU multiplies by them where V is odd."""
+    """On a GPU, where V is no multiple of ``Sizes.columns``: the last rows of the weight, and zeros up to that multiple."""
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[n, H] -> [n, V]``."""
         return self.logits(self.product(hidden))
 
     def product(self, hidden: Tensor) -> Tensor:
-        """W h. That of halves is kept in float32: a bfloat16 logit near 16 would be off by up to 0.06."""
+        """W h, in float32 for half-precision inputs: a bfloat16 logit near 16 would be off by up to 0.06."""
         hidden = hidden.to(self.weight.dtype)
         if self.packed is not None:
             return self.packed.product(hidden)
@@ -109,7 +109,7 @@ class Head:
             whole = self._whole
             _add_product(out, 0, slope[:, whole:], self.weight[whole:])
             _add_product(out, 1, slope[:, :whole], self.weight[:whole])
-        elif slope.is_cpu:  # of halves, rounded here as it would be by autograd
+        elif slope.is_cpu:  # half precision is rounded here as it would be by autograd
             out.copy_(slope @ self.weight)
         else:
             _add_product(out, 0, slope, self.weight)
@@ -135,7 +135,7 @@ class Head:
         return replace(self, weight=self.weight[:vocab_size], bias=bias, packed=None, tail=None)
 
     def to(self, device: torch.device) -> "Head":
-        """The same on another device."""
+        """A copy on ``device``."""
         bias = None if self.bias is None else self.bias.to(device)
         return replace(self, weight=self.weight.to(device), bias=bias, packed=None, tail=None)
 
@@ -144,8 +144,8 @@ class Head:
         return self if self.packed is None else replace(self, weight=self.weight.to("meta"))
 
     def ready(self, vocab_size: int) -> "Head":
-        """Cut to the true vocabulary, and such that its products are fast: on a CPU, where those of halves would be rounded to
-        halves, packed or else widened. A frozen model's is made ready once."""
+        """Cut to the true vocabulary and laid out for fast products. A CPU would round those of half-precision numbers to half
+        precision: such a weight is packed, or else widened. A frozen model's head is made ready once."""
         if self.packed is not None and len(self.weight) == vocab_size:
             return self
         head = self.cut(vocab_size)
@@ -192,7 +192,7 @@ def weighted_loss(
         """A chunk's slope, written to ``slope``, or over its W h. A function, as ``take``: what it holds ends with it."""
         product = student.product(states)
         if slope is None:
-            slope = product.view(student.weight.dtype)[:, :vocab_size]  # of halves, the first half of each row
+            slope = product.view(student.weight.dtype)[:, :vocab_size]  # in half precision the first half of each row
         teacher_product = None if teacher_states is None else _product_of(teacher_states, rows, guide, vocab_size)
         for at in _slices(rows.start, rows.stop, max(1, sizes.tile // vocab_size)):
             tile = slice(at.start - rows.start, at.stop - rows.start)
@@ -273,7 +273,7 @@ def _sums(
     heads: tuple[Head, Head | None],
     vocab_size: int,
 ) -> tuple[Tensor, Found]:
-    """Of a tile, everything between the products: the loss, and beside it all that is found."""
+    """Everything of a tile that lies between the matrix products: the loss, and what else is found."""
     student, guide = heads
     logprobs, known = (None, ()) if teacher is None else _teacher(teacher, guide, tokens, vocab_size)
     values = reduce(torch.log_softmax(student.logits(product), dim=-1), logprobs, tokens, given)
@@ -282,7 +282,7 @@ def _sums(
 
 
 def _differentiate(product: Tensor, slope: Tensor, wanted: bool, compiled: bool, *tile: Any) -> Found:
-    """What a tile gives; d loss / d (W h) is written to ``slope``, on a CPU W h itself, where it is wanted."""
+    """What is found in a tile. If ``wanted``, d loss / d (W h) is written to ``slope``, on a CPU the memory of W h itself."""
     kind = product.device.type
     if not wanted:
         return (_compiled(_sums, kind) if compiled else _sums)(product, *tile)[1]
@@ -299,13 +299,13 @@ def _differentiate(product: Tensor, slope: Tensor, wanted: bool, compiled: bool,
 
 
 def _gradient_and_sums(product: Tensor, dtype: torch.dtype, *tile: Any) -> tuple[Tensor, Found]:
-    """The same as a function of tensors alone, which becomes one program."""
+    """The gradient and the sums of a tile, a function of tensors only: torch.compile makes one program of it."""
     gradient, found = torch.func.grad(_sums, has_aux=True)(product, *tile)
     return gradient.to(dtype), found
 
 
 def _write_gradient(product: Tensor, slope: Tensor, *tile: Any) -> Found:
-    """One that writes to other memory than its arguments'."""
+    """The same, but the gradient is rounded and written to ``slope``, which is no part of ``product``."""
     gradient, found = _gradient_and_sums(product, slope.dtype, *tile)
     slope.copy_(gradient)
     return found
@@ -330,18 +330,18 @@ def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 
 @dataclass(frozen=True, slots=True)
 class _Gradients:
-    """Of what is learned; None of what is not."""
+    """Gradients of what is learned; None for what is not."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
     weight_sum: Sum | None = None
-    """Into ``weight``."""
+    """Adds products up into ``weight``."""
 
     @classmethod
     def of(cls, hidden: Tensor, head: Head, vocab_size: int, *, summed: bool) -> "_Gradients":
-        """To be written, but for the bias's and for rows beyond the vocabulary. ``summed``: over chunks. In at least float32, so
-        that they are rounded once; in their own dtype where a GPU does so by itself."""
+        """Uninitialised memory, but zeros for the bias and the rows beyond the vocabulary. ``summed``: sums over several chunks.
+        At least float32, so that sums are rounded once; their own dtype where a GPU's products do that by themselves."""
 
         def room(value: Tensor | None, *, wide: bool) -> Tensor | None:
             if value is None or not (value.requires_grad and torch.is_grad_enabled()):
@@ -372,7 +372,7 @@ class _Gradients:
         return any(gradient is not None for gradient in self.all)
 
     def add(self, rows: slice, slope: Tensor, states: Tensor, head: Head, *, ends: bool) -> None:
-        """Those of some positions, in order: ``slope`` is d loss / d (W h), ``[n, V]``."""
+        """Add the gradients of some positions, in order: ``slope`` is d loss / d (W h), ``[n, V]``."""
         begins = rows.start == 0
         if self.hidden is not None:
             head.pull_back(slope, self.hidden[rows])
@@ -438,12 +438,12 @@ def _add_product(total: Tensor, beta: int, first: Tensor, second: Tensor) -> Non
         total.addmm_(first, second, beta=beta)
     elif first.is_cuda:
         torch.addmm(total, first, second, beta=beta, out_dtype=total.dtype, out=total)
-    else:  # of halves
+    else:  # half precision on a CPU
         add_outer(total, first.T, second, beta=beta)
 
 
 def _positions(states: Tensor, vocab_size: int, most: int | None = None) -> int:
-    """Of a chunk."""
+    """Positions of a chunk."""
     sizes = SIZES[states.device.type]
     positions = max(1, sizes.chunk // vocab_size // sizes.positions) * sizes.positions
     return positions if most is None else min(positions, most)

@@ -23,6 +23,11 @@ class Source(StrEnum):
     MIXED = "mixed"
     TEACHER = "teacher"
 
+    @property
+    def author(self) -> "Source":
+        """Teacher-mixed text counts as the student's."""
+        return Source.STUDENT if self is Source.MIXED else self
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
@@ -55,13 +60,23 @@ class Rollout:
     source: Source
     teacher_share: float = 0.0
     temperature: float = 1.0
-    """Of the student's softmax when it was sampled; ``student_logprobs`` are at 1 in any case."""
+    """The student sampled from softmax(logits / temperature); ``student_logprobs`` are at 1 in any case."""
     student_logprobs: tuple[float, ...] | None = None
     """log q(y_t | x, y_<t) of the student version that wrote or accompanied the response; [T]."""
     version: int = 0
     """Policy version of the student."""
     finished: bool = True
     """False when the length limit cut the response: a cut response is not an ended one."""
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_tokens) + len(self.tokens)
+
+    @property
+    def first_predicted(self) -> int:
+        """Index of the first response token that is predicted: nothing predicts the first of a text without a prompt."""
+        return 0 if self.prompt_tokens else 1
 
     @classmethod
     def reference(cls, prompt: Prompt) -> "Rollout":
@@ -103,7 +118,7 @@ class Scores:
     logits: Tensor | None = None
     """[N, V] float32."""
     top: Top | None = None
-    """Of the most probable tokens; the probe then looks at those of them that were written."""
+    """The most probable tokens; the probe then looks at response tokens that are among them."""
 
     def logprobs_by_rollout(self) -> list[Tensor]:
         """log p of the response tokens of each rollout; [T] each."""
@@ -148,14 +163,14 @@ class Totals:
 
     @classmethod
     def of(cls, rows: Sequence[Row], numbers: Mapping[str, float] | None = None) -> "Totals":
-        """Predicted tokens only: nothing predicts the first token of a text without a prompt."""
-        predicted = (max(0, len(row.rollout.tokens) - (not row.rollout.prompt_tokens)) for row in rows)
+        """Predicted tokens only."""
+        predicted = (max(0, len(row.rollout.tokens) - row.rollout.first_predicted) for row in rows)
         return cls(tokens=sum(predicted), sequences=len(rows), numbers=numbers or {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """What an algorithm's ``loss`` sees beside its per-token terms: padded, response positions only, no vocabulary.
+    """What an algorithm's ``per_sequence`` and ``token_weights`` see: padded, response positions only, no vocabulary.
 
     Padded entries are 0 and ``mask`` is False there. Log-probs are float32 and carry no gradient.
     """

@@ -101,8 +101,7 @@ class ReplayBuffer:
         first: list[int] = []
         quotas = self._quotas(min(count, len(order)))
         for i in order:
-            author = self._rows[i].rollout.source
-            author = Source.STUDENT if author is Source.MIXED else author
+            author = self._rows[i].rollout.source.author
             if quotas.get(author, 0) > 0:
                 quotas[author] -= 1
                 first.append(i)

@@ -47,7 +47,7 @@ class Region:
 
     path: str
     inode: int
-    """Of the segment: numbers of processes and files are given again, this one is not."""
+    """The segment's own: process and file numbers are reused, inodes are not."""
     start: int
     size: int
 
@@ -70,7 +70,7 @@ class Segment:
         self._end = 0
 
     def begin(self) -> None:
-        """What follows is written over what is there."""
+        """Start again at the front: the next writes replace what is there."""
         self._end = 0
 
     def region(self, start: int, size: int) -> Region:
@@ -111,7 +111,7 @@ def let_go(name: str) -> None:
 
 
 def edition(data: np.ndarray) -> int:
-    """Of a region's bytes."""
+    """The number of the publish, which a region's bytes begin with."""
     return int(data[:8].view(np.uint64)[0])
 
 

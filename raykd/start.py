@@ -4,6 +4,7 @@ from itertools import chain
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raykd.actors import LearnerActor, ModelFacts, RewardActor, RolloutActor, TeacherActor
 from raykd.experiment import Experiment
@@ -22,25 +23,29 @@ def start_workers(experiment: Experiment, facts: ModelFacts) -> Workers:
     )
     create = placement.create
     ranks = [create(LearnerActor, learner, facts, r, gpus=learner.gpus, threads=learner.threads) for r in range(learner.ranks)]
+    scores: Any = {
+        "gpus": teachers.gpus,
+        "threads": teachers.threads,
+        "starts_vllm": teachers.backend == "vllm" or experiment.teacher_writes,
+    }
     scorers = [
-        create(TeacherActor, teachers, facts, experiment.mixes(), gpus=teachers.gpus, threads=teachers.threads, restarts=RESTARTS)
+        create(TeacherActor, teachers, facts, experiment.teacher_writes, restarts=RESTARTS, **scores)
         for _ in range(experiment.num_teachers)
     ]
-    writers = [
-        create(RolloutActor, rollout, facts, gpus=rollout.gpus, threads=rollout.engine.threads, restarts=RESTARTS)
-        for _ in range(experiment.num_rollouts)
-    ]
+    writes: Any = {"gpus": rollout.gpus, "threads": rollout.engine.threads, "starts_vllm": True}
+    writers = [create(RolloutActor, rollout, facts, restarts=RESTARTS, **writes) for _ in range(experiment.num_rollouts)]
     raters = [create(RewardActor, reward, facts, gpus=0, threads=1, restarts=RESTARTS)] if reward else []
     scoring = Fleet("teacher", scorers, teachers.engine.deadline_s) if scorers else None
     writing = Fleet("rollout", writers, rollout.engine.deadline_s) if writers else None
-    sleeping = (writing, rollout.sleep), (scoring, teachers.sleep and experiment.mixes())
+    sleeping = (writing, rollout.sleep), (scoring, teachers.sleep and experiment.teacher_writes)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)  # it ends with the driver's node
     lanes = {"rollout": writers, "teacher": scorers, "reward": raters, "learner": ranks}
     workers = Workers(
         learner=LearnerGang(ranks, learner.deadline_s),
         teachers=scoring,
         rollouts=writing,
         rater=Fleet("reward", raters, reward.deadline_s) if reward else None,
-        replay=ray.remote(ReplayBuffer).options(num_cpus=0).remote(experiment.seed),
+        replay=ray.remote(ReplayBuffer).options(num_cpus=0, scheduling_strategy=here).remote(experiment.seed),
         usage=Usage([lane for lane, actors in lanes.items() if actors]),
         sleepers=[fleet for fleet, sleeps in sleeping if fleet and sleeps],
         placement=placement,
@@ -55,10 +60,11 @@ def start_workers(experiment: Experiment, facts: ModelFacts) -> Workers:
 
 def _load_models(workers: Workers, replicas: list[Any]) -> None:
     """Wait for the engines while the ranks load."""
+    ranks, teachers = workers.learner.ranks, workers.teachers
+    get([rank.check.remote() for rank in ranks], START_DEADLINE_S, "starting the learner")
     if workers.sleepers:  # vLLM measures what is free when it starts, and the ranks load in what it gives back
         get([actor.ping.remote() for actor in replicas], START_DEADLINE_S, "starting the engines")
         workers.sleep()
-    ranks, teachers = workers.learner.ranks, workers.teachers
     address = get(ranks[0].address.remote(), START_DEADLINE_S, "learner rank 0")
     heads = get(teachers.actors[0].head.remote(), START_DEADLINE_S, "the teacher's head") if teachers else []
     starts = [rank.start.remote(address, heads) for rank in ranks]

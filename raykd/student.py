@@ -18,16 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from raykd.algorithms.base import Algorithm
 from raykd.collate import MicroBatch
 from raykd.experiment import LoRA
-from raykd.logprobs import gather
 from raykd.lora import adapt
+from raykd.mismatch import recorded_logprobs, with_mismatch
 from raykd.packing import can_pack, packed, padded
 from raykd.payloads import Probe
-from raykd.projection import Head, Reduce, weighted_loss
-from raykd.records import Batch
+from raykd.projection import Head, weighted_loss
 
 HEAD_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Largest accepted difference of the rebuilt logits, relative to the largest logit."""
-RECORDED = "recorded_logprob"
 
 
 class StudentHead(nn.Module):
@@ -48,11 +46,11 @@ class StudentHead(nn.Module):
             self._teacher = replace(teacher, weight=torch.empty(0))
 
     def head(self) -> Head:
-        """As the teacher's is; valid while the weight is gathered."""
+        """The student's output head; valid while the weight is gathered."""
         return Head(weight=self.weight, bias=self.bias, scale=self.scale, softcap=self.softcap)
 
     def teacher_head(self) -> Head | None:
-        """Valid likewise."""
+        """The teacher's, if there is one; valid while the weight is gathered."""
         if self._teacher is None or self.teacher_weight is None:
             return self._teacher
         return replace(self._teacher, weight=self.teacher_weight)
@@ -154,11 +152,11 @@ class Student(nn.Module):
         return self._state
 
     def parts(self, name: str) -> list[Tensor]:
-        """What one of them is made of: itself and, where the layer is adapted, its adapter's."""
+        """The tensors that make up one entry of ``state``: itself and, where the layer is adapted, its adapter's two."""
         return [self._state[name], *(self._adapters[name].parameters() if name in self._adapters else ())]
 
     def whole(self, name: str) -> Tensor:
-        """One of them as it leaves the learner, merged with its adapter; valid while its parts are gathered."""
+        """One entry of ``state`` as it leaves the learner, merged with its adapter; valid while its parts are gathered."""
         tensor = self._state[name].detach()
         return self._adapters[name].merged(tensor) if name in self._adapters else tensor
 
@@ -170,23 +168,6 @@ class Student(nn.Module):
         yield
         for name in self._rates:
             setattr(self.model.config, name, 0.0)
-
-
-def recorded_logprobs(batch: Batch) -> dict[str, Tensor]:
-    """log q as the rollout engine recorded it, NaN where it did not; ``[B, T]``."""
-    return {RECORDED: batch.student_logprobs.masked_fill(~batch.by_student[:, None], torch.nan)}
-
-
-def with_mismatch(reduce: Reduce) -> Reduce:
-    """``reduce`` and one more metric: how far a token's log-prob on the learner is from the engine's. On the policy that wrote
-    the text it is the two programs' disagreement, later also what was learned since."""
-
-    def watched(student: Tensor, teacher: Tensor | None, tokens: Tensor, given: dict[str, Tensor]) -> dict[str, Tensor]:
-        recorded = given[RECORDED]
-        mismatch = torch.where(recorded.isnan(), 0.0, (gather(student.detach(), tokens) - recorded).abs())
-        return reduce(student, teacher, tokens, given) | {"logprob_mismatch": mismatch}
-
-    return watched
 
 
 def _mend_generation_config(model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -84,7 +85,7 @@ class Tracker:
         seconds = round(time.monotonic() - self._started, 3)
         self._file.write(json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n")
         if self._wandb is not None:
-            self._wandb.log(dict(metrics), step=step)
+            self._wandb.log({"step": step, **metrics})
 
 
 def say(console: Console, text: str) -> None:
@@ -109,10 +110,16 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def _start_wandb(run: Path, experiment: Mapping[str, Any], name: str, project: str) -> Any:
     import wandb  # imported where it is used: runs without it need not have it
 
-    online = bool(os.environ.get("WANDB_API_KEY"))
-    settings = wandb.Settings(silent=True, console="off")
-    mode = "online" if online else "offline"
+    mode: Any = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
+    number = run / "wandb_id"
+    if not number.exists():
+        number.write_text(uuid4().hex)
+    there: dict[str, Any] = {"project": project, "name": name, "dir": run, "config": dict(experiment), "mode": mode}
     try:
-        return wandb.init(project=project, name=name, dir=run, config=dict(experiment), mode=mode, settings=settings)
+        # A resumed run goes on with its own curves, also from before the last step that was logged.
+        settings = wandb.Settings(silent=True, console="off")
+        started = wandb.init(id=number.read_text(), resume="allow", settings=settings, **there)
     except wandb.Error as error:
         raise ValueError(f"Weights & Biases: {error}; mend WANDB_API_KEY, or unset it to keep the numbers in {run}") from error
+    started.define_metric("*", step_metric="step")
+    return started

@@ -9,22 +9,19 @@ learned from in mini-batches, for as many epochs as the algorithm asks. Phases m
 Everything below holds references and numbers; tensors go from worker to worker.
 """
 
-import json
 import math
-import pickle
-import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from raykd.algorithms.base import Algorithm
+from raykd.checkpoints import forget_checkpoints, keep_best, restore_best, save_checkpoint
 from raykd.experiment import Experiment, Optimiser, Stage
 from raykd.phases import Phase, Phases, Position, assess
 from raykd.prompts import Data
 from raykd.records import Rollout
 from raykd.tracking import Tracker
 from raykd.usage import shares
-from raykd.validation import forget_bests, keep_best, measure, restore_best, summary
+from raykd.validation import measure, summary
 from raykd.workers import Term, Workers
 
 
@@ -55,11 +52,13 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
                     keep_best(stage, measure(experiment, workers, data, tracker, at), workers, run, at)
                 if _due(experiment.checkpoint_every, at, stage):
                     save_checkpoint(workers, data, run, at, phases.unlearned)
+                    forget_checkpoints(run, experiment.checkpoints_kept)
         held_out = measure(experiment, workers, data, tracker, at)
         keep_best(stage, held_out, workers, run, at)
         held_out = restore_best(stage, held_out, workers, run, at)
         at.stage, at.step = at.stage + 1, 0
         save_checkpoint(workers, data, run, at)
+        forget_checkpoints(run, experiment.checkpoints_kept)
     return held_out
 
 
@@ -98,48 +97,6 @@ def learning_rate(optimiser: Optimiser, step: int, steps: int) -> float:
     done = (step - optimiser.warmup_steps) / max(1, steps - optimiser.warmup_steps)
     share = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[optimiser.schedule]
     return optimiser.learning_rate_min + (optimiser.learning_rate - optimiser.learning_rate_min) * share
-
-
-def save_checkpoint(workers: Workers, data: Data, run: Path, at: Position, prompts: dict[str, Any] | None = None) -> None:
-    """Everything a resumed run needs, complete or absent: written beside, then renamed. ``prompts`` is where the stream stood
-    before the responses that nobody has learned from yet: they are written again."""
-    final = run / "checkpoints" / f"step-{at.total:06d}"
-    partial = final.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    workers.save(partial / "learner")
-    (partial / "replay.pkl").write_bytes(pickle.dumps(workers.call_replay("state")))
-    streams = {"prompts": prompts or data.prompts.state(), "text": data.text.state() if data.text else None}
-    (partial / "driver.json").write_text(json.dumps({"position": asdict(at), "streams": streams}), encoding="utf-8")
-    shutil.rmtree(final, ignore_errors=True)
-    partial.rename(final)
-    forget_bests(run, at)
-
-
-def restore_data(data: Data, run: Path) -> None:
-    """Prompts and text go on where the newest checkpoint of a run left them; ValueError where they are not the same."""
-    _, state = newest_checkpoint(run)
-    data.prompts.restore(state["streams"]["prompts"])
-    if data.text is not None:
-        data.text.restore(state["streams"]["text"])
-
-
-def restore_checkpoint(workers: Workers, run: Path) -> Position:
-    """Learner and replay buffer go on from the newest complete checkpoint of a run; ValueError where there is none."""
-    folder, state = newest_checkpoint(run)
-    position = Position(**state["position"])
-    workers.restore(folder / "learner", position.total)
-    workers.call_replay("restore", pickle.loads((folder / "replay.pkl").read_bytes()))
-    return position
-
-
-def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
-    """Its folder and what the driver keeps there; ValueError where a run has none."""
-    folders = [path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial"]
-    if not folders:
-        raise ValueError(f"run {run} has no complete checkpoint; start it afresh without --resume")
-    newest = max(folders, key=lambda path: int(path.name.removeprefix("step-")))
-    return newest, json.loads((newest / "driver.json").read_text(encoding="utf-8"))
 
 
 def _due(every: int, at: Position, stage: Stage) -> bool:

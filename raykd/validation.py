@@ -1,10 +1,7 @@
-"""Held-out numbers within a run, and the best weights of a stage by one of them."""
+"""Held-out numbers within a run."""
 
-import math
-import shutil
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import fmean
 
 from raykd.algorithms import GKD, KD, SFT
@@ -12,7 +9,7 @@ from raykd.algorithms.base import Needs
 from raykd.algorithms.token_divergences import ReverseKL
 from raykd.evaluation.diversity import distinct_n
 from raykd.evaluation.rouge import rouge_l
-from raykd.experiment import HIGHER_IS_BETTER, Experiment, Stage
+from raykd.experiment import Experiment
 from raykd.phases import Position
 from raykd.prompts import Data
 from raykd.records import Rollout, Source
@@ -71,41 +68,6 @@ def keep_samples(
         answers = workers.teacher_answers(shown, experiment.max_response)
         samples = [sample | {"teacher": data.decode(tokens)} for sample, tokens in zip(samples, answers, strict=True)]
     tracker.log_samples(step, samples)
-
-
-def keep_best(stage: Stage, measured: dict[str, float], workers: Workers, run: Path, at: Position) -> None:
-    """Save the weights where they are the best of the stage so far, by the number that it keeps."""
-    if stage.keep == "last":
-        return
-    sign = -1 if stage.keep in HIGHER_IS_BETTER else 1
-    value = measured[stage.keep]
-    if math.isfinite(value) and (not at.best or sign * value < sign * at.best[stage.keep]):
-        at.best = measured | {"step": at.total}
-        workers.save(_best(run, at))
-
-
-def restore_best(stage: Stage, measured: dict[str, float], workers: Workers, run: Path, at: Position) -> dict[str, float]:
-    """Go on with the best weights of a stage that keeps them; returns the held-out numbers of those that go on."""
-    if not at.best:
-        if stage.keep != "last":
-            raise ValueError(f"no held-out {stage.keep} of the stage was finite: no weights are worth keeping; see metrics.jsonl")
-        return measured
-    best = {name: value for name, value in at.best.items() if name != "step"}
-    if at.best["step"] != at.total:
-        workers.restore(_best(run, at), at.total)
-        at.held_out += [best["loss"]] if "loss" in best else []
-    return best
-
-
-def forget_bests(run: Path, at: Position) -> None:
-    """Remove the weights that were best before: no checkpoint that a run would be resumed from speaks of them any more."""
-    for folder in (run / "checkpoints").glob("best-*"):
-        if not at.best or folder != _best(run, at):
-            shutil.rmtree(folder)
-
-
-def _best(run: Path, at: Position) -> Path:
-    return run / "checkpoints" / f"best-{int(at.best['step']):06d}"
 
 
 def summary(rollouts: Sequence[Rollout], version: int) -> dict[str, float]:

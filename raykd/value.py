@@ -8,6 +8,6 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Value(BaseModel):
-    """Frozen, and without fields that nobody reads."""
+    """Frozen; unknown fields are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")

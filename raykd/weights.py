@@ -37,7 +37,7 @@ class Packed:
     """Torch's name of it."""
     shape: tuple[int, ...]
     start: int
-    """Of its bytes within the bucket's."""
+    """Offset of its bytes within the bucket's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +46,9 @@ class Bucket:
 
     tensors: tuple[Packed, ...]
     place: Region | GpuRegion | np.ndarray
-    """Where its bytes lie on the learner's node or GPU, or they themselves, ``[bytes]`` uint8."""
+    """Where its bytes lie on the learner's node or GPU; or the bytes themselves, ``[bytes]`` uint8."""
     edition: int
-    """Of the learner's publishes; the bytes begin with it, so that those of another are never taken for these."""
+    """Number of the publish. The bytes begin with it, so that those of another publish are never taken for these."""
     checksum: int
 
     @property

@@ -14,6 +14,7 @@ from raykd.algorithms.base import Algorithm, Needs
 from raykd.collate import LossTerm, deal
 from raykd.experiment import Optimiser
 from raykd.fleet import Fleet, LearnerGang, Placement, get
+from raykd.mismatch import over_recorded
 from raykd.records import Prompt, Rollout, Row, Totals
 from raykd.rollout.requests import GenerationRequest
 from raykd.usage import Usage
@@ -53,7 +54,7 @@ class Workers:
         self._update: WeightUpdate | None = None
         self._loaded: Callable[[], WeightUpdate | None] = lambda: None
         self._published: WeakSet[WeightUpdate] = WeakSet()
-        """Those that somebody may still load."""
+        """Updates that a replica may still load."""
         self._learner_version = 0
         if rollouts:
             rollouts.on_restart = self._reload
@@ -182,7 +183,7 @@ class Workers:
         self.learner.all("begin", optimiser)
 
     def tune(self, optimiser: Optimiser) -> None:
-        """The same optimiser with other hyper-parameters."""
+        """Change the hyper-parameters of the optimiser and keep its moments."""
         self.learner.all("tune", optimiser)
 
     def publish(self) -> WeightUpdate | None:
@@ -277,4 +278,4 @@ def _requests(prompts: Sequence[Prompt], samples: int, salt: int, temperature: f
 def _sum(shares: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Ranks hand in their shares of every metric."""
     names = dict.fromkeys(name for share in shares for name in share)
-    return {name: sum(share.get(name, 0.0) for share in shares) for name in names}
+    return over_recorded({name: sum(share.get(name, 0.0) for share in shares) for name in names})

@@ -110,6 +110,19 @@ def test_alpha_by_hand() -> None:
     assert wide.per_sequence(batch)["alpha"][:, 0].tolist() == pytest.approx([0.5, 0.5, 0.25, 0.25])
 
 
+def test_the_likelihood_of_a_response_is_the_geometric_mean_of_its_tokens() -> None:
+    """Two tokens of 0.5 and 0.3 have the gap of one, 0.2; beside a mean gap of 0.3 alpha is 1 - 0.5 * 1.5."""
+    case = two_sided(random_case([2, 1]))
+    writer, other = torch.full((2, 2), 0.5, dtype=torch.float64).log(), torch.full((2, 2), 0.3, dtype=torch.float64).log()
+    student, teacher = torch.stack([writer[0], other[1]]), torch.stack([other[0], writer[1]])
+    case = replace(case, batch=replace(case.batch, student_logprobs=student, teacher_logprobs=teacher))
+    numbers = DistiLLM2().per_step(at(4), recorded_rows(case.batch))
+    assert numbers["gap/student"] == pytest.approx(0.2) and numbers["gap/teacher"] == pytest.approx(0.2)
+    batch = replace(case.batch, totals=Totals(tokens=3, sequences=2, numbers=numbers | {"gap/student": 0.3, "gap/teacher": 0.3}))
+    alphas = DistiLLM2(alpha_max=0.5, alpha_min=0.001).per_sequence(batch)["alpha"][:, 0]
+    assert alphas.tolist() == pytest.approx([0.25, 0.25])
+
+
 def test_both_schedules_of_the_paper_move_the_loss() -> None:
     """The public code's never do; here the same batch costs something else at every stage of the training."""
     case = curriculum_case()

@@ -247,6 +247,8 @@ def test_reward_and_divergence_are_weighed() -> None:
     _, reward = loss_and_gradient(GKD(reward_weight=1.0), case)
     _, divergence = loss_and_gradient(GKD(), case)
     torch.testing.assert_close(mixed, 0.3 * reward + 0.7 * divergence)
+    losses = [evaluate(GKD(reward_weight=weight), case)[0] for weight in (0.3, 1.0, 0.0)]
+    torch.testing.assert_close(losses[0], 0.3 * losses[1] + 0.7 * losses[2])
     check_micro_batches(GKD(reward_weight=0.3), case, [[1], [0]])
     with pytest.raises(ValidationError, match="student_share"):
         GKD(reward_weight=0.3, student_share=0.5)

@@ -190,6 +190,7 @@ def golden_batch() -> Batch:
         (MiniLLM.lmops(), (-3.018094, -3.534167, -3.475, -1.0)),
         (MiniLLM(length_normalise=False), (-5.5, -3.5, -0.5, 0.0)),
         (MiniLLM(reward_clip=1.5), (-3.5 / 3, -1.0, -0.5, 0.0)),
+        (MiniLLM(reward_clip=3.0, reward_scale=0.5), (-7.0 / 3, -2.0, -1.0, 0.0)),
     ],
 )
 def test_golden_advantages(algorithm: MiniLLM, expected: tuple[float, ...]) -> None:
@@ -356,4 +357,5 @@ def test_whitened_advantages_by_hand() -> None:
 
 def test_half_of_the_text_loss_may_be_the_teachers() -> None:
     assert MiniLLM.lmops().text == TextTerm(KD(data_weight=0.5), 1.0)
+    assert MiniLLM(text_distillation=0.25).text == TextTerm(KD(data_weight=0.75), 1.0)
     assert MiniLLM(text_coefficient=0).text is None

@@ -36,6 +36,13 @@ def test_loss_by_hand() -> None:
         assert metrics["importance_weight"].item() == pytest.approx(1.0)
 
 
+def test_the_coefficient_scales_the_advantage() -> None:
+    plain, double = (
+        loss_and_gradient(OPD(coefficient=coefficient), random_case([3, 2], share=0.0)) for coefficient in (1.0, 2.0)
+    )
+    torch.testing.assert_close(double, (2 * plain[0], 2 * plain[1]))
+
+
 @pytest.mark.parametrize("discount", [0.0, 1.0])
 def test_expected_gradient(discount: float) -> None:
     """Discount 0: every visited position's reverse KL, the visits held fixed; discount 1: the sequence-level reverse KL."""

@@ -10,10 +10,11 @@ from example_text import text
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
 from raykd import cli
-from raykd.algorithms import KD, SFT
+from raykd.actors import ModelFacts
+from raykd.algorithms import GKD, KD, SFT
 from raykd.experiment import EvaluationConfig, Experiment, LearnerConfig, Model, Stage
 from raykd.prompts import Pairs
-from raykd.run import prepare
+from raykd.run import connect, idle_gpus, prepare
 
 LLAMA = {
     "model_type": "llama",
@@ -99,6 +100,7 @@ def test_bad_input_is_named_with_its_field_and_a_remedy(
         ("--data.prompt", "{question"): ["'{question' is no template", "a field is {name}"],
         ("--data.path", broken): [broken, "cannot be read", "JSON parse error"],
         ("--data.path", chats): ["chats.jsonl, row 1: field 'prompt' is no text but a list"],
+        ("--runs", "s3://bucket/runs"): ["s3:/bucket/runs is an address", "mount the storage"],
         ("--data.split", "train[100%:]"): ["split train[100%:]", "no data"],
         ("--stages.0.steps", "0"): ["stages.0", "steps", "greater than or equal to 1"],
         ("--stepps", "3"): ["--stepps"],
@@ -135,7 +137,9 @@ def test_a_key_that_weights_and_biases_refuses_is_named_before_any_actor_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("WANDB_API_KEY", "short")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setattr("raykd.run.connect", lambda experiment: None)
+    monkeypatch.setattr("raykd.run.idle_gpus", lambda experiment: "")
     monkeypatch.setattr("raykd.run.start_workers", lambda *_: pytest.fail("actors start"))
     monkeypatch.setattr("sys.argv", ["experiment.py"])
     with pytest.raises(SystemExit) as stopped:
@@ -151,6 +155,58 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path, capsys: pytest.Capt
     AutoConfig.for_model(**LLAMA).save_pretrained(folder)
     bare = base.model_copy(update={"teacher": Model(path=str(folder))})
     assert f"teacher.path {folder} has a configuration and no weights" in complaint(capsys, monkeypatch, bare)
+
+
+def test_what_vllm_would_take_for_a_pattern_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    said = complaint(capsys, monkeypatch, experiment(tmp_path / "runs[1]"))
+    assert "student: vLLM takes" in said and "rename it" in said
+
+
+def test_the_best_by_rouge_l_takes_answers_with_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    base = experiment(tmp_path / "runs")
+    data = Pairs(path=write(tmp_path / "mute.jsonl", [{"prompt": "a", "response": ""}] * 9))
+    stages = (base.stages[0].model_copy(update={"keep": "rouge_l"}),)
+    evaluation = EvaluationConfig(prompts=2, every=1)
+    mute = base.model_copy(update={"data": data, "stages": stages, "evaluation": evaluation})
+    assert "none of the 2 held-out answers has any text" in complaint(capsys, monkeypatch, mute)
+
+
+def test_gpus_are_counted_on_each_node_and_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 2.0})
+    monkeypatch.setattr(
+        "ray.nodes", lambda: [{"Alive": True, "Resources": {"GPU": 1.0}}] * 2 + [{"Alive": False, "Resources": {"GPU": 8.0}}]
+    )
+    base = experiment(tmp_path / "runs")
+    connect(base)
+    with pytest.raises(ValueError, match=r"teachers\.gpus 2 must be on one node, no node of the cluster has more than 1 GPUs"):
+        connect(base.model_copy(update={"teachers": base.teachers.model_copy(update={"gpus": 2})}))
+    whole = {name: getattr(base, name).model_copy(update={"gpus": 1}) for name in ("learner", "teachers", "rollout")}
+    with pytest.raises(ValueError, match=r"asks for 3 GPUs .* the cluster has 2; lower them or add nodes"):
+        connect(base.model_copy(update=whole))
+
+
+def test_a_folder_that_a_node_does_not_see_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.7")
+    facts = ModelFacts(student="s", teacher=None, vocab_size=4, eos_ids=(0,), max_length=8, seed=0)
+    facts.check(None, str(tmp_path), "name/on-the-hub")
+    with pytest.raises(ValueError, match=r"node 10\.0\.0\.7 does not see /nowhere/model"):
+        facts.check("/nowhere/model")
+
+
+def test_gpus_that_nobody_asks_for_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": 2.0})
+    base = experiment(tmp_path / "runs").model_copy(update={"stages": (Stage(algorithm=GKD(), steps=1),)})
+    said = idle_gpus(base)
+    assert said.startswith("the cluster has 2 GPUs, learner.gpus, teachers.gpus, rollout.gpus ask for none")
+    whole = {name: getattr(base, name).model_copy(update={"gpus": 0.5}) for name in ("learner", "teachers", "rollout")}
+    assert idle_gpus(base.model_copy(update=whole)) == ""
+    monkeypatch.setattr("ray.cluster_resources", dict)
+    assert idle_gpus(base) == ""
 
 
 def test_it_is_said_how_many_rows_are_left_out(tmp_path: Path):
@@ -178,7 +234,7 @@ def test_more_gpus_than_the_cluster_has_are_refused_before_any_actor_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     said = complaint(capsys, monkeypatch, experiment(tmp_path / "runs"), "--learner.gpus", "64")
-    assert "asks for 64 GPUs" in said and "lower them or add nodes" in said
+    assert "learner.gpus 64 must be on one node, no node of the cluster has more than" in said
 
 
 def test_show_prints_the_experiment_with_the_options_applied(

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from raykd.algorithms import KD, SFT, MiniLLM
 from raykd.collate import collate, deal, length, micro_batches
+from raykd.packing import PADDING
 from raykd.projection import Head
 from raykd.records import Rollout, Row, Scores, Source, Totals
 
@@ -27,7 +28,7 @@ def make_row(prompt: int, response: int, name: str = "a", **fields: object) -> R
     )
     scores = Scores(
         offsets=(0, response),
-        log_normaliser=torch.zeros(response),
+        log_normaliser=torch.arange(response) / 2,
         logprobs=-torch.arange(1.0, response + 1),
         hidden=torch.arange(3.0 * response).view(response, 3),
     )
@@ -36,7 +37,7 @@ def make_row(prompt: int, response: int, name: str = "a", **fields: object) -> R
 
 def collated(rows: list[Row], algorithm: SFT | KD | MiniLLM, head: Head | None = HEAD):
     totals = Totals.of(rows)
-    return collate(rows, algorithm, totals, fetch=lambda block: block, teacher_head=head, vocab_size=11, pad_id=0)
+    return collate(rows, algorithm, totals, fetch=lambda block: block, teacher_head=head, vocab_size=11)
 
 
 @given(LENGTHS, st.integers(1, 5))
@@ -55,6 +56,11 @@ def test_no_rank_has_more_than_one_longest_row_beyond_another_of_equal_count(len
     rows = rows[: len(rows) - len(rows) % ranks]
     tokens = [sum(length(row) for row in share) for share in deal(rows, ranks)]
     assert max(tokens) - min(tokens) <= max((length(row) for row in rows), default=0)
+
+
+def test_the_longest_row_goes_to_the_rank_with_the_fewest_tokens() -> None:
+    rows = [make_row(0, response) for response in (9, 8, 7, 2)]
+    assert [[length(row) for row in share] for share in deal(rows, 2)] == [[9, 2], [8, 7]]
 
 
 def test_micro_batches_hold_every_row_longest_first() -> None:
@@ -77,6 +83,11 @@ def test_position_n_predicts_response_token_n() -> None:
 
 def test_a_text_without_a_prompt_is_predicted_from_its_second_token_on() -> None:
     row = make_row(0, 4)
+    taught = collated([row, make_row(1, 1)], KD())
+    assert taught.logprobs.tolist() == [-2, -3, -4, -1]
+    assert taught.log_normaliser.tolist() == [0.5, 1.0, 1.5, 0.0]
+    assert isinstance(taught.teacher, torch.Tensor)
+    assert taught.teacher.tolist() == [[3, 4, 5], [6, 7, 8], [9, 10, 11], [0, 1, 2]]
     micro = collated([row], SFT())
     assert micro.layout.input_ids.tolist() == [[5, 6, 7]]
     assert micro.positions.tolist() == [0, 1, 2]
@@ -104,6 +115,7 @@ def test_the_behaviour_is_the_law_the_token_was_drawn_from() -> None:
     assert batch.behaviour_logprobs[1].tolist() == [-1, -1]
     assert batch.behaviour_logprobs[2].tolist() == batch.behaviour_logprobs[3].tolist() == [0, 0]
     assert batch.teacher_logprobs[2].tolist() == [-1, -2]
+    assert batch.by_student.tolist() == [True, True, False, True]
 
 
 def test_scores_that_do_not_fit_are_refused_by_name() -> None:
@@ -117,12 +129,12 @@ def test_scores_that_do_not_fit_are_refused_by_name() -> None:
         collated([replace(make_row(1, 2, name="x"), teacher_logprobs=(-1.0,))], MiniLLM(single_step=False))
 
 
-def test_a_pad_that_is_the_eos_hides_nothing() -> None:
+def test_padding_that_is_the_eos_hides_nothing() -> None:
     """Masks come from lengths: an EOS inside the prompt is read, the one that ends a response is learned, padding is neither."""
-    eos = 7
+    eos = PADDING
     ended = make_row(3, 3, prompt_tokens=(1, eos, 2), tokens=(5, 6, eos), student_logprobs=(-1.0,) * 3)
     rows = [ended, make_row(1, 1, tokens=(eos,))]
-    micro = collate(rows, KD(), Totals.of(rows), fetch=lambda block: block, teacher_head=HEAD, vocab_size=11, pad_id=eos)
+    micro = collate(rows, KD(), Totals.of(rows), fetch=lambda block: block, teacher_head=HEAD, vocab_size=11)
     assert micro.layout.input_ids.tolist() == [[1, eos, 2, 5, 6], [1, eos, eos, eos, eos]]
     assert micro.tokens.tolist() == [5, 6, eos, eos]
     assert micro.positions.tolist() == [2, 3, 4, 5]

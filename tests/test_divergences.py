@@ -202,6 +202,8 @@ def test_gradients_stay_finite_where_one_side_has_no_mass(name: str, missing: st
     assert value.isinf().item() is (name in (*infinite, "jeffreys", "akl", "akl prefix"))
     assert not value.isnan().item()
     assert torch.isfinite(gradient).all()
+    if name in infinite and name.endswith("_kl"):
+        assert not gradient.any(), "an infinite value sends no gradient"
 
 
 @settings(max_examples=25, deadline=None)
@@ -242,12 +244,24 @@ def test_alpha_beta_special_cases() -> None:
         torch.testing.assert_close(alpha_beta(q, p, 0.0, power), alpha_beta(q, p, 1e-6, power), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("scale", [0.01, 3.0])
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.5), (0.5, 0.0), (0.3, 0.9)])
+def test_gradients_of_alpha_beta_of_anything(alpha: float, beta: float) -> None:
+    """Of numbers that need not sum to 1: behind a softmax a constant in the gradient would not show."""
+    q, p = torch.randn(2, 3, 5, dtype=torch.float64).log_softmax(-1)
+    assert torch.autograd.gradcheck(lambda q: alpha_beta(q, p, alpha, beta), q.requires_grad_())
+
+
+@pytest.mark.parametrize("scale", [0.01, 3.0, "one of each"])
 @pytest.mark.parametrize("boundary", ["minimal", "prefix"])
-def test_adaptive_kl_needs_the_whole_sort_only_where_the_teacher_is_flat(scale: float, boundary: Boundary) -> None:
+def test_adaptive_kl_needs_the_whole_sort_only_where_the_teacher_is_flat(scale: float | str, boundary: Boundary) -> None:
     """A head of more tokens than are looked at first, beside a plain sort of everything."""
     torch.manual_seed(5)
-    q, p = (torch.randn(2, 7, 5 * HEAD_CANDIDATES, dtype=torch.float64) * scale).log_softmax(-1)
+    scales = (
+        torch.full((7, 1), scale, dtype=torch.float64)
+        if isinstance(scale, float)
+        else torch.tensor([[0.01], [9.0]] * 3 + [[9.0]])
+    )
+    q, p = (torch.randn(2, 7, 5 * HEAD_CANDIDATES, dtype=torch.float64) * scales).log_softmax(-1)
     mass, order = p.exp().sort(-1, descending=True)
     up_to = mass.cumsum(-1)
     head = up_to - mass < 0.5 if boundary == "minimal" else up_to <= 0.5
@@ -256,7 +270,7 @@ def test_adaptive_kl_needs_the_whole_sort_only_where_the_teacher_is_flat(scale: 
     weight = (gaps * head).sum(-1) / gaps.sum(-1)
     expected = weight * forward_kl(q, p) + (1 - weight) * reverse_kl(q, p)
     torch.testing.assert_close(adaptive_kl(q, p, 0.5, boundary), expected)
-    assert (head.sum(-1) > HEAD_CANDIDATES).all() == (scale == 0.01)
+    assert ((head.sum(-1) > HEAD_CANDIDATES) == (scales[:, 0] == 0.01)).all()
 
 
 @settings(max_examples=25, deadline=None)

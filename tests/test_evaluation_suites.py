@@ -7,7 +7,7 @@ import pytest
 from example_text import text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from raykd.evaluation.papers import check_pair, set_papers
+from raykd.evaluation.question_sets import ask_all, check_pair
 from raykd.evaluation.suites import (
     ALPACA,
     BUILT_IN,
@@ -123,19 +123,19 @@ def test_all_models_are_asked_the_same_rows(tmp_path: Path, data: Path):
     wide.mkdir()
     AutoTokenizer.from_pretrained(data / "models/gpt2-tokenizer").save_pretrained(wide)
     (wide / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    alone, none = set_papers([str(wide)], [suite], None)
+    alone, none = ask_all([str(wide)], [suite], None)
     assert alone[str(wide)].rows("mine") == {0, 1} and none == {"mine": 0}
-    papers, left_out = set_papers([stories, str(wide)], [suite], 256)
-    assert [paper.rows("mine") for paper in papers.values()] == [{1}, {1}] and left_out == {"mine": 1}
+    question_sets, left_out = ask_all([stories, str(wide)], [suite], 256)
+    assert [question_set.rows("mine") for question_set in question_sets.values()] == [{1}, {1}] and left_out == {"mine": 1}
     with pytest.raises(ValueError, match="different tokenizers"):
-        check_pair(papers[stories], papers[str(wide)])
+        check_pair(question_sets[stories], question_sets[str(wide)])
     with pytest.raises(ValueError, match="answers of 600 tokens fill the context"):
-        set_papers([stories], [suite.model_copy(update={"max_tokens": 600})], None)
+        ask_all([stories], [suite.model_copy(update={"max_tokens": 600})], None)
 
 
 def test_a_model_that_is_not_there_is_named(data: Path):
     suite = only("vicuna")
     with pytest.raises(ValueError, match=r"model ./no/such: no such folder"):
-        set_papers(["./no/such"], [suite], None)
+        ask_all(["./no/such"], [suite], None)
     with pytest.raises(ValueError, match="cannot be loaded"):
-        set_papers([str(text().tokenizer.parent)], [suite], None)
+        ask_all([str(text().tokenizer.parent)], [suite], None)

@@ -82,8 +82,8 @@ def test_weights_are_kept_by_what_is_measured(keep: str, changes: dict[str, obje
 
 def test_an_engine_is_started_where_answers_are_measured():
     every = EvaluationConfig(every=5)
-    assert experiment(stages=(Stage(algorithm=SFT(), steps=1, keep="rouge_l"),), evaluation=every).samples()
-    assert not experiment(stages=(Stage(algorithm=SFT(), steps=1, keep="loss"),), evaluation=every).samples()
+    assert experiment(stages=(Stage(algorithm=SFT(), steps=1, keep="rouge_l"),), evaluation=every).writes_responses
+    assert not experiment(stages=(Stage(algorithm=SFT(), steps=1, keep="loss"),), evaluation=every).writes_responses
 
 
 def test_rollouts_that_would_never_be_learned_from_are_refused():

@@ -57,6 +57,14 @@ def test_threads_wait_without_spinning_where_cores_are_shared(monkeypatch: pytes
     assert "OMP_WAIT_POLICY" not in environment(2, on_cpu=True)
 
 
+def test_who_asks_for_no_gpu_sees_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert environment(1, on_cpu=True)["CUDA_VISIBLE_DEVICES"] == ""
+    assert "CUDA_VISIBLE_DEVICES" not in environment(1, on_cpu=False)
+    monkeypatch.setattr("raykd.fleet.vllm_needs_gpu", lambda: True)
+    assert "CUDA_VISIBLE_DEVICES" not in environment(1, on_cpu=True, starts_vllm=True)
+    assert environment(1, on_cpu=True)["CUDA_VISIBLE_DEVICES"] == ""
+
+
 def test_the_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")

@@ -171,7 +171,7 @@ def test_scaling_in_place(dtype: torch.dtype, factor: float) -> None:
 @pytest.mark.parametrize("texts", [(PROMPTS, RESPONSES), (PROMPTS[1:3], RESPONSES[1:3])], ids=["shared prompts", "none shared"])
 def test_texts_are_attended_in_one_call(texts: Any, key_heads: int) -> None:
     """In bfloat16, with its gradients, as text by text in float32."""
-    segments = packed(texts[0], texts[1], 0).segments
+    segments = packed(texts[0], texts[1]).segments
     assert segments is not None
     size = segments[-1].own.stop
     heads = [torch.randn(1, count, size, 64, device="cuda").bfloat16() for count in (4, key_heads, key_heads)]

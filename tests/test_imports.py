@@ -15,10 +15,10 @@ ROWS = (
     ("payloads", "records", "logprobs", "value"),
     ("divergences", "surrogates", "projection", "packing", "fused", "compiled", "cpu_products", "gpu_products"),
     ("algorithms", "prompts", "replay", "sharing", "gpu_sharing", "between_nodes", "weights", "tracking", "usage", "experiment"),
-    ("collate", "rank", "lora", "student", "engine"),
+    ("collate", "rank", "lora", "mismatch", "student", "engine"),
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "report"),
-    ("workers", "start", "phases", "validation", "train"),
+    ("workers", "start", "phases", "validation", "checkpoints", "train", "models", "run_directory"),
     ("run", "cli", "commands"),
 )
 STRANGERS = {"rollout", "teacher", "reward", "learner"}

@@ -177,7 +177,9 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, results: Any) -> No
             for tied in (False, True):
                 found[stage, tied] = train_case(rank, ranks, stage, tied, port, folder)
         if ranks == 1:
-            found["bfloat16"] = {stage: bfloat16_case(stage, port, folder) for stage in STAGES}
+            found["bfloat16"] = {
+                (stage, offload): bfloat16_case(stage, offload, port, folder) for stage in STAGES for offload in (False, True)
+            }
             found["wrong head"] = wrong_head_case(port, folder)
         results.put((rank, pickle.dumps(found)))
     except BaseException as error:
@@ -190,7 +192,7 @@ def make_learner(rank: int, port: int, folder: Path, config: LearnerConfig, tied
     from raykd.learner import Learner
 
     student = str(folder / f"student-{tied}")
-    return Learner(student, config=config, rank=rank, address=("127.0.0.1", port), vocab_size=VOCAB, pad_id=0, teacher_head=head)
+    return Learner(student, config=config, rank=rank, address=("127.0.0.1", port), vocab_size=VOCAB, teacher_head=head)
 
 
 def train_case(rank: int, ranks: int, stage: ZeroStage, tied: bool, port: int, folder: Path) -> dict[str, Any]:
@@ -269,14 +271,16 @@ def absurd_case(learner: Any, rows: dict[str, list[Row]], rank: int, ranks: int)
     return found
 
 
-def bfloat16_case(stage: ZeroStage, port: int, folder: Path) -> dict[str, Any]:
+def bfloat16_case(stage: ZeroStage, offload: bool, port: int, folder: Path) -> dict[str, Any]:
     head, rows = all_rows()
-    learner = make_learner(0, port, folder, LearnerConfig(zero_stage=stage, dtype="bfloat16", micro_batch=2), False, head)
+    config = LearnerConfig(zero_stage=stage, dtype="bfloat16", micro_batch=2, offload_optimiser=offload)
+    learner = make_learner(0, port, folder, config, False, head)
     learner.begin(OPTIMISER)
     losses = [learner.step(terms_of(KD(), rows, step % 3, 0, 1), 1e-3)["loss"] for step in range(8)]
     skipped, before, after = nan_case(learner, rows, 0, 1)
+    recovered = learner.step(terms_of(KD(), rows, 0, 0, 1), 1e-3)
     learner.close()
-    return {"losses": losses, "skipped": skipped, "before": before, "after": after}
+    return {"losses": losses, "skipped": skipped, "before": before, "after": after, "recovered": recovered}
 
 
 def lonely_rank(rank: int, port: int, folder: Path, results: Any) -> None:
@@ -434,14 +438,16 @@ def test_an_absurd_gradient_changes_no_weight_and_ends_the_run_when_it_stays(
 
 
 @pytest.mark.stack
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_bfloat16_learns_and_skips(runs: dict[int, Any], stage: int) -> None:
+def test_bfloat16_learns_and_skips(runs: dict[int, Any], stage: int, offload: bool) -> None:
     if len(runs) > 1:
         pytest.skip("runs with one rank")
-    found = runs[0]["bfloat16"][stage]
+    found = runs[0]["bfloat16"][stage, offload]
     assert found["losses"][-1] < found["losses"][0] - 0.1
-    assert found["losses"] == pytest.approx(runs[0]["bfloat16"][1]["losses"], abs=2e-2)
+    assert found["losses"] == pytest.approx(runs[0]["bfloat16"][1, False]["losses"], abs=2e-2)
     assert found["skipped"] == 1
+    assert found["recovered"]["skipped"] == 0, "the gradient of the skipped step is forgotten"
     assert all(torch.equal(found["before"][name], found["after"][name]) for name in found["before"])
     assert all(tensor.dtype is torch.bfloat16 for tensor in found["after"].values())
 

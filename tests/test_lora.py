@@ -46,7 +46,7 @@ RATES = (1e-2, 1e-2, 1e-2, 3e-3)
 
 
 def loss_of(student: Student, rows: list[Row], head: Head) -> Tensor:
-    fields: dict[str, Any] = {"fetch": lambda block: block, "vocab_size": VOCAB, "pad_id": 0, "lay": student.lay}
+    fields: dict[str, Any] = {"fetch": lambda block: block, "vocab_size": VOCAB, "lay": student.lay}
     micro = collate(rows, KD(), Totals.of(rows), teacher_head=head, **fields)
     return student(micro, KD())[0]
 

@@ -143,6 +143,15 @@ def test_every_token_follows_the_mixture_given_all_tokens_before_it(laws):
         assert (p_value([(statistic, 99)]) > 1e-4) is follows, share
 
 
+def test_the_share_is_the_one_asked_for(laws):
+    """The derivative of the likelihood in the share, sum (p - q) / m of the tokens, is 0 on average at the true one alone."""
+    tokens, *both = laws
+    p, q = (law.gather(-1, tokens[:, None])[:, 0] for law in both)
+    for share, follows in ((SHARE, True), (SHARE - 0.02, False), (SHARE + 0.02, False)):
+        slopes = (p - q) / (share * p + (1 - share) * q)
+        assert (abs(slopes.sum()) < 4 * slopes.square().sum().sqrt()) == follows, share
+
+
 def test_the_student_alone_samples_at_the_temperature_asked_for():
     """The first tokens at 0.5, half the requests of a batch; log-probs stay those at 1."""
     warm = requests(1_500)

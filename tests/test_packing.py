@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from raykd.packing import Ragged, can_pack, packed, packed_attention, padded
+from raykd.packing import PADDING, Ragged, can_pack, packed, packed_attention, padded
 from raykd.student import dropout_rates
 
 PROMPTS = [(1, 2, 3), (4, 5), (1, 2, 3), (), (6,), (1, 2, 3), ()]
@@ -61,7 +61,7 @@ def test_states_and_gradients_are_those_of_each_text_alone(kind: str, checkpoint
     if checkpointed:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for lay in (packed, padded):
-        layout = lay(PROMPTS, RESPONSES, 0)
+        layout = lay(PROMPTS, RESPONSES)
         found = predicted(layout.states(model.base_model), layout.predictors)
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)
@@ -78,7 +78,7 @@ def test_an_architecture_whose_attention_does_more_is_not_packed_and_stays_as_it
 
 
 def test_nothing_is_computed_twice_and_padding_not_at_all() -> None:
-    layout = packed(PROMPTS, RESPONSES, 0)
+    layout = packed(PROMPTS, RESPONSES)
     prompts = sum(len(prompt) for prompt in set(PROMPTS))
     assert layout.input_ids.shape == (1, prompts + sum(max(0, len(response) - 1) for response in RESPONSES))
 
@@ -99,7 +99,7 @@ def varlen_reference(q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Te
 @pytest.mark.parametrize("texts", [(PROMPTS, RESPONSES), (PROMPTS[1:3], RESPONSES[1:3])], ids=["shared prompts", "none shared"])
 def test_one_call_for_all_segments_is_the_same(texts: Any, key_heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_reference)
-    segments = packed(texts[0], texts[1], 0).segments
+    segments = packed(texts[0], texts[1]).segments
     assert segments is not None
     size = segments[-1].own.stop
     query, key, value = [torch.randn(1, count, size, 8, dtype=torch.float64) for count in (4, key_heads, key_heads)]
@@ -111,6 +111,6 @@ def test_one_call_for_all_segments_is_the_same(texts: Any, key_heads: int, monke
 
 def test_nothing_to_read_is_one_token() -> None:
     for lay in (packed, padded):
-        layout = lay([], [], 3)
-        assert layout.input_ids.tolist() == [[3]]
+        layout = lay([], [])
+        assert layout.input_ids.tolist() == [[PADDING]]
         assert layout.predictors == []

@@ -8,7 +8,7 @@ import pytest
 from overlap import Sleepers
 from pydantic import ValidationError
 
-from raykd.algorithms import DistiLLM, DistiLLM2, ImitKD
+from raykd.algorithms import GKD, DistiLLM, DistiLLM2, ImitKD, MiniLLM
 from raykd.algorithms.distillm import AdaptiveSchedule
 from raykd.experiment import Stage
 from raykd.phases import Phases, Position
@@ -74,3 +74,33 @@ def test_a_share_is_kept_over_the_phases_however_few_prompts_one_has(share: floa
 def test_prompts_that_cannot_be_halved_are_refused(batch_size: int, samples: int) -> None:
     with pytest.raises(ValidationError, match=rf"half of {batch_size} responses a phase is no whole number of prompts"):
         Stage(algorithm=DistiLLM2(responses=batch_size), steps=1, batch_size=batch_size, samples_per_prompt=samples)
+
+
+def test_each_phase_draws_anew_and_at_the_algorithms_temperature(monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = Stage(algorithm=GKD(sampling_temperature=0.7), steps=3, batch_size=2)
+    asked: list[dict[str, Any]] = []
+    generate = Sleepers.generate
+    monkeypatch.setattr(Sleepers, "generate", lambda self, *given, **how: asked.append(how) or generate(self, *given, **how))
+    with begun(stage) as (phases, workers, at):
+        while at.step < stage.steps:
+            phases.next()
+            at.step, at.total, workers.version = at.step + 1, at.total + 1, workers.version + 1
+    assert [how["salt"] for how in asked] == [0, 1, 2]
+    assert {how["temperature"] for how in asked} == {0.7}
+
+
+def test_held_rows_are_counted_as_of_the_last_step_that_learns_from_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps a phase, one phase ahead: the second phase, begun at step 0, is learned from until step 5."""
+    stage = Stage(algorithm=MiniLLM(rollouts=6, epochs=1, text_coefficient=0), steps=9, batch_size=2, max_staleness=1)
+    counted: list[int] = []
+    call = Sleepers.call_replay
+
+    def watched(self: Sleepers, method: str, *arguments: Any) -> Any:
+        if method == "held":
+            counted.append(arguments[0])
+        return call(self, method, *arguments)
+
+    monkeypatch.setattr(Sleepers, "call_replay", watched)
+    with begun(stage) as (phases, _, _):
+        phases.next()
+    assert counted == [2, 5]

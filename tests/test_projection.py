@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from raykd import projection
-from raykd.algorithms import AKL, GKD, KD, OPD, SFT, Algorithm, DistiLLM, MiniLLM, SeqKD
+from raykd.algorithms import AKL, GKD, KD, OPD, SFT, Algorithm, DistiLLM, DistiLLM2, MiniLLM, SeqKD
 from raykd.algorithms.token_divergences import AnyDivergence
 from raykd.divergences import reverse_kl
 from raykd.payloads import Probe
@@ -29,6 +29,8 @@ OTHERS: list[Algorithm] = [
     DistiLLM(),
     AKL(),
     AKL(boundary="prefix"),
+    DistiLLM2(),
+    DistiLLM2.code(),
     MiniLLM(),
     MiniLLM.paper(),
     MiniLLM(single_step=False),
@@ -59,7 +61,12 @@ class Case:
         self.tokens = torch.randint(V, (num_rows,), generator=generator)
         self.weights = torch.rand(num_rows, generator=generator, dtype=torch.float64)
         names = ("advantage", "behaviour", "sampled_reverse_kl", "teacher_logprob")
-        self.given = {name: normal(num_rows) for name in names}
+        by_student = torch.arange(num_rows) % 2
+        self.given = {name: normal(num_rows) for name in names} | {
+            "alpha": torch.rand(num_rows, generator=generator, dtype=torch.float64).to(dtype),
+            "weight": normal(num_rows).abs(),
+            "by_student": by_student.to(dtype),
+        }
 
     @property
     def learned(self) -> list[Tensor]:
@@ -432,7 +439,7 @@ def test_every_defect_is_refused_with_its_likely_cause(defect: str, cause: str, 
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile wants a C++ compiler")
-@pytest.mark.parametrize("algorithm", [GKD(reward_weight=0.3), MiniLLM()], ids=named)
+@pytest.mark.parametrize("algorithm", [GKD(reward_weight=0.3), MiniLLM(), AKL(), DistiLLM2()], ids=named)
 def test_compiled_is_the_same(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SIZES, "cpu", replace(SIZES["cpu"], tile=2 * V))
     case = Case(dtype=torch.float32)
@@ -443,5 +450,6 @@ def test_compiled_is_the_same(algorithm: Algorithm, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-5)
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert graphs > 0, "nothing was compiled"
+    assert not torch._dynamo.utils.counters["graph_break"], "a program ends in the middle"
     case.chunked(algorithm, chunk=5, compiled=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled a second time"

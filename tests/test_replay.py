@@ -75,8 +75,15 @@ def test_the_oldest_rows_leave_when_capacity_is_passed():
 
 def test_rows_older_than_max_staleness_are_not_given_out_but_data_never_grows_old():
     replay = buffer(max_staleness=2)
-    replay.add([row(0, version=3), row(1, version=5), row(2, version=0, source=Source.DATASET)])
-    assert sorted(names(replay.sample(10, version=6))) == ["1", "2"]
+    replay.add([row(0, version=3), row(1, version=4), row(2, version=5), row(3, version=0, source=Source.DATASET)])
+    assert sorted(names(replay.sample(10, version=6))) == ["1", "2", "3"]
+
+
+def test_teacher_mixed_rows_are_the_students_share():
+    replay = buffer(shares={Source.STUDENT: 0.5, Source.DATASET: 0.5})
+    replay.add([row(i, source=Source.MIXED if i < 4 else Source.DATASET) for i in range(32)])
+    drawn = [replay.sample(8, version=0) for _ in range(5)]
+    assert all(sum(r.rollout.source is Source.MIXED for r in batch) == 4 for batch in drawn)
 
 
 def test_a_restored_buffer_continues_where_the_saved_one_was():

@@ -28,7 +28,7 @@ from raykd.report.dashboard import dashboard
 from raykd.report.figures import number
 from raykd.report.folders import read_run
 from raykd.report.tables import differences, duration
-from raykd.run import new_folder
+from raykd.run_directory import new_folder
 from raykd.tracking import Tracker
 
 

@@ -38,7 +38,7 @@ def requests(salt: int = 0, samples: int = 3) -> list[GenerationRequest]:
 
 
 def greedy(engine: VllmEngine, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:
-    return wait(engine.complete(prompt, max_tokens, seed=0, greedy=True)).tokens
+    return wait(engine.complete(prompt, max_tokens, seed=0, temperature=0.0)).tokens
 
 
 def reference_greedy(model, prompt: tuple[int, ...], max_tokens: int) -> tuple[int, ...]:

@@ -29,7 +29,8 @@ from raykd.experiment import (
 )
 from raykd.prompts import Documents, Pairs, eos_id
 from raykd.records import Rollout, Scores, Source
-from raykd.run import Result, connect, load_experiment, run
+from raykd.run import Result, connect, run
+from raykd.run_directory import load_experiment
 from raykd.start import start_workers
 from raykd.weights import unpack, verify
 from raykd.workers import Term, Workers, unscored
@@ -169,6 +170,10 @@ def test_a_resumed_run_takes_other_settings_and_keeps_them(teacher: Path, tmp_pa
     assert [learned[step]["skipped"] for step in (1, 2, 3, 4)] == [1, 1, 0, 0]
     assert learned[3]["tokens/learn"] > 1.5 * learned[2]["tokens/learn"]
     assert load_experiment(folder) == patient
+    doubled = patient.model_copy(update={"learner": LearnerConfig(dtype="float32", ranks=2)})
+    with pytest.raises(ValueError, match=f"the checkpoints of run {folder} are of a learner with {{'ranks': 1}}; resume it with"):
+        run(doubled, resume=folder, console=console)
+    assert load_experiment(folder) == patient, "what was refused does not stay"
     again = patient.model_copy(update={"stages": first.stages})
     with pytest.raises(ValueError, match=f"stages.0 of run {folder} is over and cannot change any more"):
         run(again, resume=folder, console=console)

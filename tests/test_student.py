@@ -72,7 +72,7 @@ def make_student(folder: str) -> Student:
 
 
 def sft_loss(student: Student, rows: list[Row], totals: Totals) -> Tensor:
-    micro = collate(rows, SFT(), totals, fetch=lambda block: block, teacher_head=None, vocab_size=VOCAB, pad_id=0)
+    micro = collate(rows, SFT(), totals, fetch=lambda block: block, teacher_head=None, vocab_size=VOCAB)
     return student(micro=micro, algorithm=SFT())[0]
 
 

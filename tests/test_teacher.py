@@ -136,7 +136,7 @@ def test_every_payload_teaches_the_same(tmp_path: Path, of: OfDistributions) -> 
         scores = teacher.score(ROLLOUTS, algorithm.needs, algorithm.top_k)
         assert (scores.top is not None) == (payload == "auto")
         rows = [Row(rollout=rollout, scores=scores, index=index) for index, rollout in enumerate(ROLLOUTS)]
-        fields: dict[str, Any] = {"fetch": lambda block: block, "vocab_size": VOCAB, "pad_id": 0, "lay": student.lay}
+        fields: dict[str, Any] = {"fetch": lambda block: block, "vocab_size": VOCAB, "lay": student.lay}
         micro = collate(rows, algorithm, Totals.of(rows), teacher_head=teacher.head(), **fields)
         loss, _ = student(micro, algorithm)
         found.append([loss, *torch.autograd.grad(loss, list(student.model.parameters()))])
@@ -154,7 +154,7 @@ def test_the_most_probable_tokens_of_another_response_are_refused(tmp_path: Path
     written = replace(ROLLOUTS[0], tokens=(likeliest,))
     scores = teacher.score([written], algorithm.needs, algorithm.top_k)
     row = Row(rollout=replace(written, tokens=((likeliest + 1) % VOCAB,)), scores=scores)
-    fields: dict[str, Any] = {"fetch": lambda block: block, "vocab_size": VOCAB, "pad_id": 0, "lay": student.lay}
+    fields: dict[str, Any] = {"fetch": lambda block: block, "vocab_size": VOCAB, "lay": student.lay}
     micro = collate([row], algorithm, Totals.of([row]), teacher_head=None, **fields)
     with pytest.raises(ValueError, match="the tokens are not those scored"):
         student(micro, algorithm)

@@ -3,6 +3,7 @@
 import json
 import math
 import multiprocessing
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from raykd.records import Rollout, Scores, Source
 from raykd.run import run
 from raykd.teacher import Teacher
 from raykd.teacher.heads import head_in_checkpoint
+from raykd.teacher.pooled import PooledStates, refuse_overflowing
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600), pytest.mark.usefixtures("data")]
 
@@ -106,6 +108,29 @@ def test_scores_stay_the_same_whatever_the_cache_holds() -> None:
         found, same = pooled.score(part, Needs.BOTH), plain.score(part, Needs.BOTH)
         agree(found, same, part)
     agree(pooled.score(given, Needs.BOTH), expected, given)
+
+
+def test_the_thread_that_started_the_engine_steps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[str] = []
+
+    class Engine:
+        """Notes which thread starts and asks it; texts of one token have no states to wait for."""
+
+        def __init__(self, *_: Any) -> None:
+            threads.append(threading.current_thread().name)
+
+        def reset_prefix_cache(self) -> None:
+            threads.append(threading.current_thread().name)
+
+        def has_unfinished_requests(self) -> bool:
+            threads.append(threading.current_thread().name)
+            return False
+
+    monkeypatch.setattr("raykd.teacher.pooled.start", Engine)
+    states = PooledStates(STORIES, TeacherConfig(backend="vllm", dtype="float32"), 64)
+    states.of([])
+    states.answer([], 1, (STORIES_EOS,), STORIES_VOCAB)
+    assert len(threads) > 2 and {*threads} == {threads[0]} != {threading.current_thread().name}
 
 
 def test_a_prompt_of_several_responses_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +216,7 @@ def round_activations(layer: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
     return ((((x / step).round() + zero).clamp(-128, 127) - zero) * step,)
 
 
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="oneDNN's 8-bit products overflow on this processor")
 def test_a_quantised_teacher_is_scored_with_its_own_head(tmp_path: Path) -> None:
     same = eight_bits(tmp_path)
     given = [rollout for rollout in rollouts(LENGTHS, VOCAB) if rollout.prompt_tokens]
@@ -203,6 +229,14 @@ def test_a_quantised_teacher_is_scored_with_its_own_head(tmp_path: Path) -> None
     error = (found.hidden - expected.hidden).abs()
     assert (error < 1e-5).float().mean() > 0.9 and error.max() < 0.02
     torch.testing.assert_close(teacher.head()(found.hidden).logsumexp(-1), found.log_normaliser, atol=1e-5, rtol=1e-5)
+
+
+def test_products_that_would_overflow_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    eight_bits(tmp_path)
+    monkeypatch.setattr("torch.cpu._is_vnni_supported", lambda: False)
+    with pytest.raises(ValueError, match=r"8-bit integers, whose products overflow .* set teachers.backend to transformers"):
+        refuse_overflowing(str(tmp_path))
+    refuse_overflowing(STORIES)
 
 
 def test_a_head_that_is_quantised_or_missing_is_refused(tmp_path: Path) -> None:

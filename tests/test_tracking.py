@@ -87,5 +87,19 @@ def test_a_step_is_charged_with_its_own_time_whoever_works_ahead() -> None:
 
 def test_a_key_that_weights_and_biases_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "short")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(ValueError, match=r"Weights & Biases: .*; mend WANDB_API_KEY, or unset it"):
         Tracker(tmp_path, {}, name="x", wandb=True, project="x", console=Console(quiet=True))
+
+
+def test_a_resumed_run_goes_on_with_its_own_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline, also where a key is set; a step that is logged again after a crash is not dropped as old."""
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for last in (3, 2):
+        with Tracker(tmp_path, {}, name="x", wandb=True, project="x", console=Console(quiet=True)) as tracker:
+            for step in range(1, last + 1):
+                tracker.log(step, {"loss": 1.0})
+    first, second = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert first.stem == second.stem == f"run-{(tmp_path / 'wandb_id').read_text()}"

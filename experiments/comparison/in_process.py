@@ -16,18 +16,20 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from raykd.actors import ModelFacts
 from raykd.algorithms.base import Needs
+from raykd.checkpoints import restore_checkpoint, restore_data
 from raykd.experiment import Experiment
 from raykd.learner import Learner
 from raykd.logprobs import gather, log_softmax, mixture_logprobs
+from raykd.models import check_models, model_facts
 from raykd.phases import Position
-from raykd.prompts import eos_id
 from raykd.records import Rollout, Scores, Source
 from raykd.replay import ReplayBuffer
 from raykd.rollout.requests import GenerationRequest, derive_seed
-from raykd.run import check_models, new_folder, prepare, weights
+from raykd.run import prepare
+from raykd.run_directory import new_folder
 from raykd.teacher import Teacher
 from raykd.tracking import Tracker
-from raykd.train import restore_checkpoint, restore_data, train
+from raykd.train import train
 from raykd.usage import Usage
 from raykd.validation import measure
 from raykd.weights import WeightUpdate, unpack, verify
@@ -51,14 +53,7 @@ def run_in_process(experiment: Experiment, console: Console, *, reads: bool = Fa
     else:
         shutil.rmtree(folder, ignore_errors=True)
         new_folder(experiment)
-    facts = ModelFacts(
-        student=weights("student", experiment.student, tokenizer, experiment, folder),
-        teacher=experiment.teacher.path if experiment.teacher else None,
-        vocab_size=len(tokenizer),
-        eos_ids=(eos_id(tokenizer),),
-        max_length=experiment.max_length,
-        seed=experiment.seed,
-    )
+    facts = model_facts(experiment, tokenizer, folder)
     workers = InProcess(experiment, facts)
     config = experiment.model_dump(mode="json")
     with Tracker(folder, config, name=folder.name, wandb=False, project="", console=console) as tracker:
@@ -81,7 +76,6 @@ class InProcess(Workers):
             rank=0,
             address=("127.0.0.1", _free_port()),
             vocab_size=facts.vocab_size,
-            pad_id=facts.eos_ids[0],
             teacher_head=teacher.head() if teacher else None,
         )
         parts: dict[str, Any] = {"learner": Only(learner), "replay": ReplayBuffer(experiment.seed)}

@@ -64,7 +64,7 @@ class Progress:
     coin: float = 0.0
     """Uniform in [0, 1), drawn anew for every phase: one for all ranks."""
     held: int = 0
-    """Responses in the replay buffer."""
+    """Responses in the replay buffer that the phase's last step may still learn from."""
     held_out: tuple[float, ...] = ()
     """Held-out losses of this stage so far; the first was measured before it began."""
 
@@ -80,7 +80,7 @@ class Mixture:
     """Written by the teacher alone."""
     teacher_share: float = 0.0
     temperature: float = 1.0
-    """Of the student's sampling, softmax(logits / temperature); other than 1 only where it writes alone."""
+    """The student samples from softmax(logits / temperature); other than 1 only where it writes alone."""
     same_prompts: bool = False
     """Student and teacher answer the same prompts; else each has its own."""
     keep: bool = True
@@ -107,7 +107,7 @@ class Mixture:
 
     @property
     def writers(self) -> frozenset[Source]:
-        """Those with a share."""
+        """Every source with a share."""
         student = Source.MIXED if self.teacher_share > 0 else Source.STUDENT
         shares = {Source.DATASET: self.dataset, student: self.student, Source.TEACHER: self.teacher}
         return frozenset(source for source, share in shares.items() if share > 0)

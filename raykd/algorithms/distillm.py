@@ -55,7 +55,7 @@ class AdaptiveSchedule(Value):
     start: float = Field(default=0.0, ge=0, le=1)
     """phi before the first validation that raises it; at 0 no student text is used until then."""
     step: float = Field(default=0.1, ge=0, le=1)
-    """What a raise adds; 0 keeps phi at ``start``."""
+    """Added to phi by each raise; 0 keeps phi at ``start``."""
     tolerance: float = Field(default=0.1, ge=0)
     reference: Literal["previous", "last_raise"] = "previous"
     """Compare with the previous validation, L > reference + tolerance, or with the one that last raised phi (at first: the one

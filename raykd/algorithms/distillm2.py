@@ -10,7 +10,7 @@ from torch import Tensor
 
 from raykd.algorithms.base import Algorithm, Mixture, Needs, PerToken, Progress, Reduction
 from raykd.algorithms.gkd import measures
-from raykd.divergences import skew_forward_kl, skew_reverse_kl
+from raykd.divergences import skew_reverse_kl
 from raykd.logprobs import masked_sum
 from raykd.records import Batch, Row, Source
 
@@ -87,7 +87,7 @@ class DistiLLM2(Algorithm):
                 math.exp(sum(logprobs) / len(logprobs)) if logprobs else 1.0
                 for logprobs in (row.rollout.student_logprobs, row.teacher_logprobs)
             )
-            by_student = row.rollout.source is Source.STUDENT
+            by_student = row.rollout.source.author is Source.STUDENT
             gaps[BY_STUDENT if by_student else BY_TEACHER].append(own - teachers if by_student else teachers - own)
         started = self.alpha_curriculum and progress.step * self.epochs >= progress.steps
         means = {f"gap/{side}": sum(values) / max(1, len(values)) for side, values in gaps.items()}
@@ -112,11 +112,11 @@ class DistiLLM2(Algorithm):
 
     def per_token(self, student: Tensor, teacher: Tensor | None, tokens: Tensor, given: Mapping[str, Tensor]) -> PerToken:
         assert teacher is not None, "the teacher's distribution was declared as needed"
-        mine, theirs = given["by_student"].bool(), ~given["by_student"].bool()
+        # Both are KL(w || alpha w + (1 - alpha) o), w whoever wrote the text and o the other.
+        by_student = given["by_student"].bool().unsqueeze(-1)
+        writer, other = torch.where(by_student, student, teacher), torch.where(by_student, teacher, student)
         alpha = given["alpha"]
-        reverse = skew_reverse_kl(student[mine], teacher[mine], alpha[mine], detach_mixture=self.detach_mixture)
-        forward = skew_forward_kl(student[theirs], teacher[theirs], alpha[theirs])
-        divergence = torch.zeros_like(tokens, dtype=student.dtype).index_put((mine,), reverse).index_put((theirs,), forward)
+        divergence = skew_reverse_kl(writer, other, alpha, detach_mixture=self.detach_mixture)
         return {
             "loss": given["weight"].to(divergence.dtype) * divergence,
             "divergence": divergence.detach(),

@@ -110,7 +110,7 @@ class GKD(TokenDistillation):
     coin: bool = False
     """Decide who writes for whole steps at a time."""
     sampling_temperature: float = Field(default=1.0, gt=0)
-    """Of the student's sampling; the divergence has its own ``temperature``."""
+    """The student samples from softmax(logits / sampling_temperature); the divergence has its own ``temperature``."""
     reward_weight: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")

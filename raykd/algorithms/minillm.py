@@ -127,7 +127,7 @@ class MiniLLM(Algorithm):
         return {"advantage_mean": mean, "advantage_std": math.sqrt(max(0.0, squares / max(1, positions) - mean**2))}
 
     def _recorded_advantages(self, row: Row) -> Tensor:
-        """Of one response, ``[T]``."""
+        """Advantages of one response by the log-probs recorded with it; ``[T]``."""
         student, teacher = (torch.tensor(values) for values in (row.rollout.student_logprobs, row.teacher_logprobs))
         return self.advantages((teacher - student)[None], torch.ones(1, len(student), dtype=torch.bool))[0]
 

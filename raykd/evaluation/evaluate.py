@@ -1,6 +1,6 @@
 """The protocol: every model answers every suite once a seed, the answers are measured, the numbers stand side by side.
 
-suites -> papers -> generate -> answers -> measures          an engine a model, in a process of its own
+suites -> question sets -> generate -> answers -> measures          an engine a model, in a process of its own
                 references, answers -> likelihood            model and teacher, in a process of their own
                                     -> judge, harness
 """
@@ -17,7 +17,7 @@ from raykd.evaluation.harness import check_harness, run_harness
 from raykd.evaluation.judge import Case, Judge, check_judge, judge_answers, summary
 from raykd.evaluation.likelihood import Likelihoods, Texts, score
 from raykd.evaluation.measures import on_answers
-from raykd.evaluation.papers import Paper, check_pair, set_papers
+from raykd.evaluation.question_sets import QuestionSet, ask_all, check_pair
 from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
 from raykd.evaluation.suites import LabelSuite, Question, Suite
 from raykd.experiment import EngineConfig, TeacherConfig
@@ -70,85 +70,89 @@ class Answers:
 
 def evaluate(evaluation: Evaluation, console: Console) -> tuple[Results, list[dict[str, Any]]]:
     """The results, and every answer as a row; raises ValueError for what can be known to be wrong before a model starts."""
-    papers, left_out = set_papers(evaluation.everyone, evaluation.suites, evaluation.max_prompt)
-    _check(evaluation, papers)
+    question_sets, left_out = ask_all(evaluation.everyone, evaluation.suites, evaluation.max_prompt)
+    _check(evaluation, question_sets)
 
     def each(what: str, do: Callable[[str], T]) -> dict[str, T]:
         found = {}
-        for model in papers:
+        for model in question_sets:
             say(console, f"{model} {what}")
             found[model] = do(model)
         return found
 
     tasks, dtype = evaluation.harness_tasks, evaluation.engine.dtype
     by_harness = (
-        each("runs the harness", lambda model: in_own_process(run_harness, papers[model].folder, tasks, dtype)) if tasks else {}
+        each("runs the harness", lambda model: in_own_process(run_harness, question_sets[model].folder, tasks, dtype))
+        if tasks
+        else {}
     )
-    written = each("answers", lambda model: answer(evaluation, papers[model]))
-    measured = each("is measured", lambda model: measure(evaluation, model, papers, written))
+    written = each("answers", lambda model: answer(evaluation, question_sets[model]))
+    measured = each("is measured", lambda model: measure(evaluation, model, question_sets, written))
     suites = {
         suite.name: SuiteResults(
-            rows=len(papers[evaluation.everyone[0]].rows(suite.name)),
+            rows=len(question_sets[evaluation.everyone[0]].rows(suite.name)),
             left_out=left_out[suite.name],
             models={model: found[suite.name] for model, found in measured.items()},
         )
         for suite in evaluation.suites
     }
     results = Results(protocol=evaluation.model_dump(mode="json"), suites=suites, harness=by_harness)
-    return results, [row for model, paper in papers.items() for row in rows_of(evaluation, model, paper, written[model])]
+    return results, [
+        row for model, question_set in question_sets.items() for row in rows_of(evaluation, model, question_set, written[model])
+    ]
 
 
-def answer(evaluation: Evaluation, paper: Paper) -> Answers:
+def answer(evaluation: Evaluation, question_set: QuestionSet) -> Answers:
     """One model's answers to all suites, all seeds together."""
     if not evaluation.free:
         return Answers({}, {})
-    asked = [(question.prompt, suite.max_tokens) for suite in evaluation.free for question in paper.free[suite.name]]
+    asked = [(question.prompt, suite.max_tokens) for suite in evaluation.free for question in question_set.free[suite.name]]
     engine = EngineSettings(
         max_length=max(len(prompt.tokens) + limit for prompt, limit in asked),
-        vocab_size=len(paper.tokenizer),
+        vocab_size=len(question_set.tokenizer),
         **evaluation.engine.model_dump(),
     )
-    seeds = in_own_process(write, paper.folder, engine, evaluation.decoding, eos_id(paper.tokenizer), asked)
+    seeds = in_own_process(write, question_set.folder, engine, evaluation.decoding, eos_id(question_set.tokenizer), asked)
     rollouts, start = {}, 0
     for suite in evaluation.free:
-        stop = start + len(paper.free[suite.name])
+        stop = start + len(question_set.free[suite.name])
         rollouts[suite.name] = [seed[start:stop] for seed in seeds]
         start = stop
-    return Answers(rollouts, {suite: paper.texts(answers) for suite, answers in rollouts.items()})
+    return Answers(rollouts, {suite: question_set.texts(answers) for suite, answers in rollouts.items()})
 
 
 def measure(
-    evaluation: Evaluation, model: str, papers: Mapping[str, Paper], written: Mapping[str, Answers]
+    evaluation: Evaluation, model: str, question_sets: Mapping[str, QuestionSet], written: Mapping[str, Answers]
 ) -> dict[str, ModelResults]:
     """Everything about one model, suite by suite; the judge rates the answers of the first seed."""
-    paper, texts = papers[model], written[model].texts
+    question_set, texts = question_sets[model], written[model].texts
     teacher = written[evaluation.teacher].texts if evaluation.teacher and model != evaluation.teacher else {}
     results = {}
-    for suite, found in likelihoods(evaluation, model, papers, written).items():
+    for suite, found in likelihoods(evaluation, model, question_sets, written).items():
         measures = {name: Measured(values=values) for name, values in found.measures.items()}
-        if asked := paper.free.get(suite):
+        if asked := question_set.free.get(suite):
             answers = on_answers(evaluation.named(suite), asked, written[model].rollouts[suite], texts[suite], teacher.get(suite))
-            measures = answers | measures | _opinion(evaluation, paper.prompts(suite), texts[suite][0], asked)
+            measures = answers | measures | _opinion(evaluation, question_set.prompts(suite), texts[suite][0], asked)
         results[suite] = ModelResults(measures=measures, excess_error=found.excess_error)
     return results
 
 
 def likelihoods(
-    evaluation: Evaluation, model: str, papers: Mapping[str, Paper], written: Mapping[str, Answers]
+    evaluation: Evaluation, model: str, question_sets: Mapping[str, QuestionSet], written: Mapping[str, Answers]
 ) -> dict[str, Likelihoods]:
     """Test loss, KL to the teacher and calibration of one model."""
-    paper, teacher = papers[model], evaluation.teacher if model != evaluation.teacher else None
+    question_set, teacher = question_sets[model], evaluation.teacher if model != evaluation.teacher else None
     texts = {
         name: Texts(
             references=[Rollout.reference(question.prompt) for question in asked],
             own=written[model].rollouts[name],
             teachers=written[teacher].rollouts[name] if teacher else [],
         )
-        for name, asked in paper.free.items()
+        for name, asked in question_set.free.items()
     }
     config = TeacherConfig(dtype=evaluation.engine.dtype)
-    guide = papers[teacher].folder if teacher else None
-    return in_own_process(score, paper.folder, guide, config, len(paper.tokenizer), texts, paper.labelled)
+    guide = question_sets[teacher].folder if teacher else None
+    return in_own_process(score, question_set.folder, guide, config, len(question_set.tokenizer), texts, question_set.labelled)
 
 
 def _opinion(
@@ -161,7 +165,7 @@ def _opinion(
     return {name: Measured(values=(value,)) for name, value in summary(verdicts).items()}
 
 
-def rows_of(evaluation: Evaluation, model: str, paper: Paper, answers: Answers) -> list[dict[str, Any]]:
+def rows_of(evaluation: Evaluation, model: str, question_set: QuestionSet, answers: Answers) -> list[dict[str, Any]]:
     """Every answer with its question's row."""
     return [
         {
@@ -173,16 +177,16 @@ def rows_of(evaluation: Evaluation, model: str, paper: Paper, answers: Answers) 
             "text": text,
             "references": question.references,
         }
-        for suite, asked in paper.free.items()
+        for suite, asked in question_set.free.items()
         for seed, texts in zip(evaluation.decoding.seeds, answers.texts[suite], strict=True)
-        for question, prompt, text in zip(asked, paper.prompts(suite), texts, strict=True)
+        for question, prompt, text in zip(asked, question_set.prompts(suite), texts, strict=True)
     ]
 
 
-def _check(evaluation: Evaluation, papers: Mapping[str, Paper]) -> None:
+def _check(evaluation: Evaluation, question_sets: Mapping[str, QuestionSet]) -> None:
     if evaluation.teacher:
         for model in evaluation.models:
-            check_pair(papers[model], papers[evaluation.teacher])
+            check_pair(question_sets[model], question_sets[evaluation.teacher])
     if evaluation.judge:
         check_judge(evaluation.judge)
     if evaluation.harness_tasks:

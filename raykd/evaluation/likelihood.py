@@ -52,7 +52,7 @@ class Scorer:
         self.device, self.chunk = device, config.chunk
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
-        """Of each response's tokens; [T] each."""
+        """log p of every response's tokens; [T] each."""
         return [row for block in _blocks(rollouts) for row in self._model.score(block, Needs.SAMPLED).logprobs_by_rollout()]
 
     def hidden(self, rollouts: Sequence[Rollout]) -> Scores:

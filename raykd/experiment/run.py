@@ -1,10 +1,11 @@
 """The whole of a run."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from raykd.algorithms import DistiLLM, MiniLLM
 from raykd.algorithms.base import Needs
@@ -37,7 +38,7 @@ class EvaluationConfig(Value):
     every: int = Field(default=0, ge=0)
     """Also every so many steps within a stage; 0 only between stages."""
     samples: int = Field(default=4, ge=0)
-    """Of the student's answers to them, so many are kept as text each time, in ``samples.jsonl``."""
+    """How many of the student's answers to them are kept as text each time, in ``samples.jsonl``."""
 
 
 class TrackingConfig(Value):
@@ -74,13 +75,25 @@ class Experiment(Value):
     tracking: TrackingConfig = TrackingConfig()
     checkpoint_every: int = Field(default=0, ge=0)
     """Optimiser steps between checkpoints; 0 only at the end of each stage."""
+    checkpoints_kept: int | None = Field(default=2, ge=1)
+    """How many checkpoints of a run are kept, the newest, which it is resumed from; None: all. One takes 12 bytes a parameter."""
     seed: int = Field(default=0, ge=0)
-    runs: Path = Field(default_factory=lambda: Path(os.environ.get("RAYKD_RUNS", "runs")))
+    runs: Path = Field(default_factory=lambda: Path(os.environ.get("RAYKD_RUNS", "runs")), validate_default=True)
     """Folder of run directories, each run gets a new one in it. On several machines: storage that all of them see.
     Defaults to the environment variable RAYKD_RUNS, else ``runs``."""
 
+    @field_validator("runs")
+    @classmethod
+    def _is_a_folder(cls, runs: Path) -> Path:
+        if re.match(r"[a-z][a-z0-9+.-]*:/", str(runs)):
+            raise ValueError(
+                f"{runs} is an address, but run directories are folders: mount the storage (mountpoint-s3, gcsfuse, FSx) on "
+                "every node and name the mount"
+            )
+        return runs
+
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _stages_have_what_they_need(self) -> Self:
         for index, stage in enumerate(self.stages):
             algorithm, where = stage.algorithm, f"stages.{index}: {type(stage.algorithm).__name__}"
             text = algorithm.text
@@ -107,6 +120,10 @@ class Experiment(Value):
                 )
             if stage.keep != "last":
                 self._measures(stage.keep, f"stages.{index} keeps the best weights by", "set keep to last")
+        return self
+
+    @model_validator(mode="after")
+    def _engines_sleep_between_phases(self) -> Self:
         for name, replicas in (("rollout", self.rollout), ("teachers", self.teachers)):
             for index, stage in enumerate(self.stages):
                 if replicas.sleep and stage.max_staleness:
@@ -114,8 +131,12 @@ class Experiment(Value):
                         f"{name}.sleep rests between the phases, but with stages.{index}.max_staleness {stage.max_staleness} the "
                         f"next phase is written meanwhile; set max_staleness to 0, or {name}.sleep to False"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _workers_fit(self) -> Self:
         teachers = self.teachers
-        if teachers.backend == "vllm" and teachers.gpus and self.mixes() and teachers.engine.memory > MEMORY_OF_TWO:
+        if teachers.backend == "vllm" and teachers.gpus and self.teacher_writes and teachers.engine.memory > MEMORY_OF_TWO:
             raise ValueError(
                 f"teachers.engine.memory {teachers.engine.memory:g} is taken twice, by the engine that scores and the one that "
                 f"writes; lower it to {MEMORY_OF_TWO:g}, or set teachers.backend to transformers"
@@ -147,11 +168,13 @@ class Experiment(Value):
         """Longest prompt and response together, tokens."""
         return self.max_prompt + self.max_response
 
-    def mixes(self) -> bool:
-        """Whether any stage has the teacher write tokens."""
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether any stage has the teacher write responses, or tokens of mixed ones."""
         return any(stage.algorithm.writers & TEACHER_WRITES for stage in self.stages)
 
-    def samples(self) -> bool:
+    @property
+    def writes_responses(self) -> bool:
         """Whether responses are written that are not in the data: to learn from, or to be measured."""
         measured = self.teacher is not None or any(stage.keep == "rouge_l" for stage in self.stages)
         learned = any(stage.algorithm.writers - {Source.DATASET} for stage in self.stages)
@@ -160,7 +183,7 @@ class Experiment(Value):
     @property
     def num_rollouts(self) -> int:
         """Rollout replicas that are started."""
-        return self.rollout.replicas if self.samples() else 0
+        return self.rollout.replicas if self.writes_responses else 0
 
     @property
     def num_teachers(self) -> int:
@@ -170,7 +193,7 @@ class Experiment(Value):
     def threads(self) -> int:
         """CPU threads that compute at the same time: those of the busiest stage of the pipeline, or of all where they overlap."""
         write = self.num_rollouts * self.rollout.engine.threads
-        if self.mixes():
+        if self.teacher_writes:
             write += self.num_teachers * self.teachers.engine.threads
         lanes = write, self.num_teachers * self.teachers.threads, self.learner.ranks * self.learner.threads
         return sum(lanes) if any(stage.max_staleness for stage in self.stages) else max(lanes)

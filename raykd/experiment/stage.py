@@ -6,7 +6,6 @@ from pydantic import Field, model_validator
 
 from raykd.algorithms import AnyAlgorithm, DistiLLM2
 from raykd.algorithms.base import Replay
-from raykd.records import Source
 from raykd.value import Positive, Value
 
 Kept = Literal["last", "loss", "forward_kl", "reverse_kl", "rouge_l"]
@@ -65,7 +64,7 @@ class Stage(Value):
 
     @property
     def bounds(self) -> Replay:
-        """Of the replay buffer: the stage's, else the algorithm's own, else every response is used in its phase alone."""
+        """Bounds of the replay buffer: the stage's, else the algorithm's, else every response is used in its own phase only."""
         for_a_phase = Replay(
             capacity=self.rows_per_phase,
             max_staleness=self.steps_per_phase * (self.max_staleness + 1),
@@ -102,7 +101,7 @@ class Stage(Value):
                 f"replay would lose responses before they are learned from: a phase writes {self.rows_per_phase}, and the last "
                 f"of them is used {oldest} steps later; raise replay.capacity and replay.max_staleness to that at least"
             )
-        writers = {Source.STUDENT if writer is Source.MIXED else writer for writer in self.algorithm.writers}
+        writers = {writer.author for writer in self.algorithm.writers}
         if unwritten := {author for author, share in (self.replay.shares or {}).items() if share} - writers:
             raise ValueError(
                 f"replay.shares names {', '.join(sorted(unwritten))}, which {type(self.algorithm).__name__} has nobody write"

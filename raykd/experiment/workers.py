@@ -68,10 +68,11 @@ class TeacherConfig(_Replicas):
     chunk: Positive = 1024
     """Positions whose distributions exist at the same time."""
     payload: Literal["auto", "hidden", "logits"] = "auto"
-    """What travels of a distribution: the last hidden state or the logits, both exact; "auto" sends the fewer bytes."""
+    """Form in which the teacher's distribution travels: its last hidden state or the logits, both exact. "auto" sends what has
+    the fewest bytes, and the top k where a divergence looks at no more."""
     engine: EngineConfig = EngineConfig(memory=0.5)
-    """Of the engine that writes, started only where an algorithm mixes teacher tokens in, and of the one that scores for the
-    back end "vllm", in the scorer's ``dtype``: two engines, each with these settings and its own copy of the weights."""
+    """Settings of the engine that writes, which is started where the teacher writes text or tokens of it, and of the engine that
+    scores with the back end "vllm", in the scorer's ``dtype``: two engines, each with its own copy of the weights."""
     threads: Positive = 1
 
 
@@ -104,9 +105,9 @@ class LoRA(Value):
     """Low-rank adaptation (arXiv 2106.09685): of a layer's weight W + (alpha / rank) B A, only A and B are learned."""
 
     rank: int = Field(default=0, ge=0)
-    """Of the update of each adapted layer, e.g. 16; 0 learns all weights and no adapters."""
+    """Rank of the update of each adapted layer, e.g. 16; 0: all weights are learned, without adapters."""
     alpha: float = Field(default=64.0, gt=0)
-    """That of DistiLLM's public code, for rank 16."""
+    """The update is scaled by alpha / rank; 64 is the value of DistiLLM's public code for rank 16."""
     targets: tuple[str, ...] = ()
     """Linear layers to adapt, by the last part of their names, e.g. q_proj and v_proj; none named: all but the head, as
     QLoRA found necessary (arXiv 2305.14314, section 4)."""

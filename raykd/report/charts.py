@@ -9,7 +9,7 @@ import vl_convert
 
 WIDTH, HEIGHT = 360, 210
 NUM_POINTS, NUM_BARS = 90, 30
-"""Of a curve and of a stack: longer ones are averaged over so many equal spans of steps."""
+"""Most points of a curve and bars of a stack; longer runs are averaged over so many equal spans of steps."""
 NUM_COLOURS = 6
 DASHES = ((), (6, 3), (2, 2))
 WIDE = 20.0

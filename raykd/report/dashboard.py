@@ -40,4 +40,4 @@ def _section(described: Described, prefix: str, *, is_open: bool) -> Section:
 
 
 def _panel(metrics: list[str], title: str) -> LinePlot:
-    return LinePlot(x="Step", y=list(metrics), title=title)
+    return LinePlot(x="step", y=list(metrics), title=title)

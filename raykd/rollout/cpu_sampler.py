@@ -89,7 +89,7 @@ class _Place(NamedTuple):
     position: int
     token: int
     row: int
-    """Of the step's hidden states: where the token before it was read."""
+    """Row of the step's hidden states at which the token before it was read."""
 
 
 def exponentiate_(logits: Tensor) -> tuple[Tensor, Tensor]:

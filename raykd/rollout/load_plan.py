@@ -60,7 +60,7 @@ class Recorder(TorchDispatchMode):
         self.published: dict[str, Tensor] = {}
         self.copies: dict[Place, dict[Copy, None]] = defaultdict(dict)  # ordered, each once
         self.unknown: set[Place] = set()
-        """Where something else than a published tensor was copied to."""
+        """Places that were given something other than a published tensor."""
         self._names: dict[int, str] = {}
         self.waiting: dict[Place, Tensor] = {
             (layer, name): tensor
@@ -125,7 +125,7 @@ class LoadPlan:
             write(source.within(tensor))
 
     def missing(self, names: set[str]) -> list[str]:
-        """What an update of these tensors leaves as it was."""
+        """Published tensors of the plan that are not among ``names``: an update by those would leave them as they were."""
         return [name for name in self._writes if name not in names]
 
     def _plan(self, copies: dict[Copy, None], writer: Callable[[View], Callable[[Tensor], Any]]) -> None:

@@ -35,7 +35,10 @@ class PackedMatrix:
             raise NotImplementedError(f"no in-place layout for {list(weight.shape)} of {weight.dtype}")
         self.dtype = weight.dtype
         numbered = torch.arange(weight.nbytes // 4, dtype=torch.int32).view(weight.dtype).view(weight.shape)  # no two words alike
-        self._opaque = torch.ops.mkldnn._reorder_linear_weight(numbered, None)
+        try:
+            self._opaque = torch.ops.mkldnn._reorder_linear_weight(numbered, None)
+        except RuntimeError as error:  # bfloat16 on a processor without AVX-512
+            raise NotImplementedError(f"oneDNN packs no {weight.dtype} on this processor") from error
         num_bytes: int = torch.ops.mkldnn._nbytes(self._opaque)
         address: int = torch.ops.mkldnn.data_ptr(self._opaque)
         memory = np.ctypeslib.as_array((ctypes.c_uint32 * (num_bytes // 4)).from_address(address))

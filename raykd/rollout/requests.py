@@ -25,7 +25,7 @@ class Completion:
     tokens: tuple[int, ...]
     """EOS included when it was written."""
     logprobs: tuple[float, ...]
-    """Of each token under the writer, at temperature 1 whatever it was sampled at."""
+    """log-prob of each token under the writer, at temperature 1 whatever it was sampled at."""
     finished: bool
     """False when ``max_tokens`` cut it."""
     scored: tuple[float, ...] = ()

@@ -34,7 +34,7 @@ class Written:
     """What vLLM wrote for one call, its own log-probs beside it."""
 
     tokens: list[int]
-    """Of the last piece."""
+    """Tokens of the last piece."""
     logprobs: list[list[float]]
     """For each token its log-prob, then that of the token asked for at its place."""
     stopped: bool
@@ -59,7 +59,7 @@ class _Session:
     num_outputs: int = 0
     """Outputs delivered so far; vLLM's are cumulative."""
     num_pieces: int = 0
-    """Of the last call."""
+    """Pieces of the last call."""
     num_unfinished: int = 0
     at_once: range = range(0)
     """Positions that the last piece scores in the place of pieces of their own."""

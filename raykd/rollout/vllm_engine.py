@@ -51,10 +51,10 @@ class VllmEngine:
         session: str | None = None,
         score_from: int | None = None,
         temperature: float = 1.0,
-        greedy: bool = False,
     ) -> Completion:
         """Continue ``text`` until EOS or for ``max_tokens``, after scoring its tokens from position ``score_from`` on.
 
+        Temperature 0 takes the most likely tokens.
         ``session`` names a text that will be continued again: its KV cache is kept until ``forget``.
         """
         self._check(text, len(text) + max_tokens)
@@ -66,12 +66,12 @@ class VllmEngine:
             raise ValueError("nothing is asked: max_tokens is 0 and there is no token to score")
         end = len(text) if max_tokens else len(text) - 1
         before = range(score_from, end)
-        pieces = [(place, self._params(seed, 1, greedy=True, asked=text[place])) for place in before]
+        pieces = [(place, self._params(seed, 1, temperature=0.0, asked=text[place])) for place in before]
         if max_tokens:
             asked = None if session is None else 0
-            last = self._params(seed, max_tokens, temperature=temperature, greedy=greedy, asked=asked, scores=before[-AT_ONCE:])
+            last = self._params(seed, max_tokens, temperature=temperature, asked=asked, scores=before[-AT_ONCE:])
         else:
-            last = self._params(seed, 1, greedy=True, asked=text[end], scores=before[-AT_ONCE:])
+            last = self._params(seed, 1, temperature=0.0, asked=text[end], scores=before[-AT_ONCE:])
         pieces.append((end, last))
         written = await self._answer(self._thread.submit(list(text), pieces, session), "a completion")
         assert written.scored is not None
@@ -123,15 +123,12 @@ class VllmEngine:
         asked: int | None,
         scores: range = range(0),
         temperature: float = 1.0,
-        greedy: bool = False,
     ) -> "SamplingParams":
         """``asked``: a token whose log-prob is wanted beside that of each token sampled; ``scores``: positions read before."""
         from vllm import SamplingParams
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind
 
-        if greedy:
-            temperature = 0.0
         on_cpu = current_platform.is_cpu()
         return SamplingParams(
             max_tokens=max_tokens,
@@ -207,4 +204,5 @@ def replace_weights(engine: "LLMEngine", buckets: Sequence[Bucket]) -> None:
     engine.collective_rpc("finish_weight_update")
     for bucket in buckets:
         refuse_overwritten(bucket)
-    engine.reset_prefix_cache()
+    if not engine.reset_prefix_cache():
+        raise RuntimeError("vLLM keeps keys and values of the old weights: a request is still running")

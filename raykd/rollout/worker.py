@@ -1,4 +1,4 @@
-"""A rollout replica: generate, load, close. Plain; whoever runs it in another process wraps it."""
+"""A rollout replica: generate, load, sleep, close. Plain; whoever runs it in another process wraps it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -18,8 +18,8 @@ class RolloutWorker:
     ``load`` waits until the responses in progress are written, and later ``generate`` calls wait for it.
     """
 
-    def __init__(self, model: str, config: EngineSettings, eos_token_ids: Sequence[int], version: int = 0) -> None:
-        self.version = version
+    def __init__(self, model: str, config: EngineSettings, eos_token_ids: Sequence[int]) -> None:
+        self.version = 0
         self._seed = config.seed
         self.engine = VllmEngine(model, config, eos_token_ids)
         self._places = asyncio.Semaphore(config.max_sequences)  # texts that both engines keep between their turns

@@ -32,7 +32,7 @@ def head_of(model: PreTrainedModel) -> Head:
 
 
 def head_in_checkpoint(model: str, dtype: torch.dtype) -> Head:
-    """The same without the body, which is never loaded; ValueError where the checkpoint has no plain numbers for it.
+    """The head of a checkpoint, without loading the body; ValueError where the checkpoint stores it in no plain dtype.
 
     Quantised checkpoints leave the head as it was unless they say otherwise: the distribution is that head's, of the quantised
     body's states, as everybody computes it who serves such a checkpoint.

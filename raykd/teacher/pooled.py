@@ -1,10 +1,12 @@
 """Hidden states through vLLM's pooling engine: tensor parallelism, and every quantised checkpoint that vLLM reads."""
 
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from raykd.engine import STEPPING, prepare, start
 from raykd.experiment import TeacherConfig
@@ -40,12 +42,24 @@ class PooledStates:
             "max_num_batched_tokens": config.batch_tokens,
         }
         if current_platform.is_cpu():
+            refuse_overflowing(model)
             arguments["worker_extension_cls"] = "raykd.engine.small_heads.WorkerExtension"
-        sequences = min(engine.max_sequences, config.batch_tokens)
-        with STEPPING:
-            self._engine = start(model, engine.model_copy(update={"max_sequences": sequences}), arguments)
+        else:  # graphs of all engines of a process share their memory, and the next engine to start deletes them
+            arguments["compilation_config"] = {"cudagraph_mode": "NONE"}
+        engine = engine.model_copy(update={"max_sequences": min(engine.max_sequences, config.batch_tokens)})
+
+        def begin() -> Any:
+            with STEPPING:
+                return start(model, engine, arguments)
+
+        # Whoever starts the engine steps it: a thread has a CUDA stream of its own, and vLLM keeps that of the start.
+        self._thread = ThreadPoolExecutor(1, "vllm-states")
+        self._engine = self._thread.submit(begin).result()
 
     def of(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
+        return self._thread.submit(self._of, rollouts).result()
+
+    def _of(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         wanted = [(_read(rollout), _predictors(rollout)) for rollout in rollouts]
         begins: dict[Text, int] = {}
         """Where each text's needed states begin."""
@@ -64,6 +78,11 @@ class PooledStates:
         ]
 
     def answer(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Sequence[int], vocab_size: int
+    ) -> list[tuple[int, ...]]:
+        return self._thread.submit(self._answer, prompts, max_tokens, eos_ids, vocab_size).result()
+
+    def _answer(
         self, prompts: Sequence[Sequence[int]], max_tokens: int, eos_ids: Sequence[int], vocab_size: int
     ) -> list[tuple[int, ...]]:
         """Token by token: the cache has the rest of each text."""
@@ -101,13 +120,25 @@ class PooledStates:
         return ends
 
 
+def refuse_overflowing(model: str) -> None:
+    """Raises ValueError for activations of 8-bit integers on a processor whose products of them overflow: oneDNN sums pairs in 16
+    bits where there is no VNNI."""
+    quantised = getattr(AutoConfig.from_pretrained(model), "quantization_config", None) or {}
+    groups = [group.get("input_activations") or {} for group in quantised.get("config_groups", {}).values()]
+    if any(group.get("type") == "int" for group in groups) and not torch.cpu._is_vnni_supported():
+        raise ValueError(
+            f"{model} has activations of 8-bit integers, whose products overflow on this processor, which has no VNNI; take "
+            "another machine, or set teachers.backend to transformers"
+        )
+
+
 def _start(text: Text, tail: Tensor) -> int:
     """The position of the first of its last states."""
     return len(text) - len(tail)
 
 
 def _completed(text: Text, tail: Tensor, begin: int, states: dict[Text, Tensor]) -> Tensor:
-    """Its states from ``begin`` on, as far as a text read before it begins with the same tokens."""
+    """The states of ``text`` from ``begin`` on: ``tail``, preceded by those of a text that was read before and begins alike."""
     taken = _start(text, tail)
     if taken <= begin:
         return tail
@@ -118,7 +149,7 @@ def _completed(text: Text, tail: Tensor, begin: int, states: dict[Text, Tensor])
 
 
 def _read(rollout: Rollout) -> Text:
-    """What is read of a rollout: its last token predicts nothing."""
+    """The tokens of a rollout that the teacher reads: all but the last, which predicts nothing."""
     return (*rollout.prompt_tokens, *rollout.tokens[:-1]) or rollout.tokens
 
 

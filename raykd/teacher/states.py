@@ -20,7 +20,7 @@ class States(Protocol):
     """A frozen model."""
 
     head: Head
-    """What makes logits of the states; all rows, padding too."""
+    """Turns the states into logits; all rows, those beyond the vocabulary too."""
 
     def of(self, rollouts: Sequence[Rollout]) -> list[Tensor]:
         """For each rollout the states ``[T, H]`` after the final norm of the positions that predict its response; for the first
@@ -54,7 +54,7 @@ class PrefillStates:
         found: list[Tensor] = [torch.empty(0)] * len(rollouts)
         for batch in _batches(rollouts, self._batch_tokens, packs=self._lay is packed):
             prompts, responses = [rollouts[i].prompt_tokens for i in batch], [rollouts[i].tokens for i in batch]
-            layout = self._lay(prompts, responses, 0)
+            layout = self._lay(prompts, responses)
             states = layout.to(self._device).states(self._causal.base_model)
             for index, positions in zip(batch, layout.predictors, strict=True):
                 found[index] = states[positions]
@@ -83,7 +83,7 @@ class PrefillStates:
 def _batches(rollouts: Sequence[Rollout], batch_tokens: int, *, packs: bool) -> list[list[int]]:
     """Indices in batches of at most ``batch_tokens`` positions, or one rollout: packed, those of one prompt together; padded,
     those of similar length."""
-    lengths = [len(rollout.prompt_tokens) + len(rollout.tokens) for rollout in rollouts]
+    lengths = [rollout.length for rollout in rollouts]
     batches: list[list[int]] = []
     size = 0
     for index in sorted(range(len(rollouts)), key=lambda i: rollouts[i].prompt_tokens if packs else lengths[i]):

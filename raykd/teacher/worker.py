@@ -16,8 +16,8 @@ from raykd.records import Rollout, Scores
 from raykd.teacher.states import PrefillStates, States
 
 PROBE_EVERY = 16
-"""Where no algorithm asks for the log-prob of every token, so many tokens apart is the teacher's distribution compared with what
-the learner rebuilds: looking costs the product with the whole head, which for a small model is half of scoring."""
+"""Where no algorithm asks for the log-prob of every token, the probe looks at every so many tokens only: a look costs the product
+with the whole head, which for a small model is half of scoring."""
 
 
 class Teacher:
@@ -38,8 +38,8 @@ class Teacher:
             self._states = PooledStates(model, config, max_length)
         else:
             self._states = PrefillStates(model, config, self.device)
-        self._head = self._states.head.cut(vocab_size).to(self.device)
-        self._ready_head = self._states.head.to(self.device).ready(vocab_size)
+        head = self._states.head.to(self.device)
+        self._head, self._ready_head = head.cut(vocab_size), head.ready(vocab_size)
         self.config, self.vocab_size = config, vocab_size
 
     def payload(self, top_k: int | None = None) -> str:
@@ -89,8 +89,8 @@ class Teacher:
         )
 
     def _probe(self, states: Tensor, rollouts: Sequence[Rollout], offsets: Sequence[int], every: int) -> Probe:
-        """Of every so many tokens of a response from the first predicted one on, NaN between them; on the CPU."""
-        firsts = [0 if rollout.prompt_tokens or every == 1 else 1 for rollout in rollouts]
+        """The probe at every ``every``-th token of a response from the first predicted one on, NaN between them; on the CPU."""
+        firsts = [0 if every == 1 else rollout.first_predicted for rollout in rollouts]
         spans = zip(offsets, offsets[1:], firsts, strict=False)
         at = torch.tensor([row for start, end, first in spans for row in range(start + first, end, every)], dtype=torch.long)
         tokens = torch.tensor([token for rollout in rollouts for token in rollout.tokens], dtype=torch.long)

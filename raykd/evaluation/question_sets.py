@@ -13,7 +13,7 @@ from raykd.records import Rollout
 
 
 @dataclass(frozen=True, slots=True)
-class Paper:
+class QuestionSet:
     """The questions of one model, by suite."""
 
     folder: str
@@ -41,27 +41,27 @@ class Paper:
         return self.tokenizer.batch_decode([list(tokens) for tokens in sequences], skip_special_tokens=True)
 
 
-def set_papers(
+def ask_all(
     models: Sequence[str], suites: Sequence[Suite | LabelSuite], max_prompt: int | None
-) -> tuple[dict[str, Paper], dict[str, int]]:
-    """A paper for each model, of the rows that fit all of them, and how many rows of each suite do not.
+) -> tuple[dict[str, QuestionSet], dict[str, int]]:
+    """The questions of each model, of the rows that fit all of them, and how many rows of each suite do not.
 
     Raises ValueError for whatever is missing or cannot work.
     """
     rows = {suite.name: read_rows(suite.data) for suite in suites}
-    papers = {model: _paper(model, suites, rows, max_prompt) for model in models}
+    question_sets = {model: _question_set(model, suites, rows, max_prompt) for model in models}
     left_out = {}
     for suite in suites:
-        common = set.intersection(*(paper.rows(suite.name) for paper in papers.values()))
+        common = set.intersection(*(question_set.rows(suite.name) for question_set in question_sets.values()))
         if not common:
             raise ValueError(f"suite {suite.name}: no row is short enough for all of {', '.join(models)}; lower max_tokens")
-        for paper in papers.values():
-            paper.keep(suite.name, common)
+        for question_set in question_sets.values():
+            question_set.keep(suite.name, common)
         left_out[suite.name] = len(rows[suite.name]) - len(common)
-    return papers, left_out
+    return question_sets, left_out
 
 
-def check_pair(student: Paper, teacher: Paper) -> None:
+def check_pair(student: QuestionSet, teacher: QuestionSet) -> None:
     """Raise ValueError unless both speak the same ids."""
     if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab() or eos_id(student.tokenizer) != eos_id(teacher.tokenizer):
         raise ValueError(
@@ -70,7 +70,9 @@ def check_pair(student: Paper, teacher: Paper) -> None:
         )
 
 
-def _paper(model: str, suites: Sequence[Suite | LabelSuite], rows: Mapping[str, Sequence[Row]], max_prompt: int | None) -> Paper:
+def _question_set(
+    model: str, suites: Sequence[Suite | LabelSuite], rows: Mapping[str, Sequence[Row]], max_prompt: int | None
+) -> QuestionSet:
     folder = _folder(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -78,21 +80,21 @@ def _paper(model: str, suites: Sequence[Suite | LabelSuite], rows: Mapping[str, 
     except (OSError, ValueError) as error:
         raise ValueError(f"model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
     eos_id(tokenizer)
-    paper = Paper(folder, tokenizer, {}, {})
+    question_set = QuestionSet(folder, tokenizer, {}, {})
     for suite in suites:
         room = context - suite.max_tokens
         if room < 1:
             raise ValueError(f"suite {suite.name}: answers of {suite.max_tokens} tokens fill the context of {model}, {context}")
         longest = min(room, max_prompt or room)
         if isinstance(suite, Suite):
-            paper.free[suite.name] = questions(suite, rows[suite.name], tokenizer, longest)
+            question_set.free[suite.name] = questions(suite, rows[suite.name], tokenizer, longest)
         else:
-            paper.labelled[suite.name] = label_questions(suite, rows[suite.name], tokenizer, longest)
-    return paper
+            question_set.labelled[suite.name] = label_questions(suite, rows[suite.name], tokenizer, longest)
+    return question_set
 
 
 def _folder(model: str) -> str:
-    """Of a run directory its student; a folder that does not exist must be a name on the Hub."""
+    """A run directory's student, or the folder itself; what is no folder must be a name on the Hub."""
     path = Path(model).expanduser()
     if model.startswith((".", "/", "~")) and not path.is_dir():
         raise ValueError(

@@ -1,13 +1,13 @@
-"""The best weights of a stage, and a run that is resumed from before they were best."""
+"""Checkpoints: the newest is found, old ones go where asked; the best weights of a stage, also of a run that was resumed."""
 
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from raykd.algorithms import SFT
+from raykd.checkpoints import forget_bests, forget_checkpoints, keep_best, newest_checkpoint, restore_best
 from raykd.experiment import Stage
 from raykd.phases import Position
-from raykd.validation import forget_bests, keep_best, restore_best
 
 STAGE = Stage(algorithm=SFT(), steps=9, keep="loss")
 
@@ -45,3 +45,23 @@ def test_the_best_of_a_branch_that_was_given_up_is_not_taken(tmp_path: Path) -> 
     measured(3.0, 6, "six")
     forget_bests(tmp_path, at)
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["best-000006"]
+
+
+def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    for step in (2, 10, 9):
+        folder = tmp_path / "checkpoints" / f"step-{step}"
+        folder.mkdir(parents=True)
+        (folder / "driver.json").write_text(f'{{"position": {step}}}')
+    (tmp_path / "checkpoints" / "step-11.partial").mkdir()
+
+    def names() -> list[str]:
+        return sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+
+    assert names() == ["step-10", "step-11.partial", "step-2", "step-9"]
+    forget_checkpoints(tmp_path, None)
+    assert names() == ["step-10", "step-2", "step-9"], "what a crash left unfinished goes"
+    forget_checkpoints(tmp_path, 4)
+    assert len(names()) == 3
+    forget_checkpoints(tmp_path, 2)
+    assert names() == ["step-10", "step-9"]
+    assert newest_checkpoint(tmp_path)[1] == {"position": 10}

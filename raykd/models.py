@@ -1,0 +1,152 @@
+"""Which models a run is of: that they are there, belong together and can be run, and the folders that workers load them from."""
+
+import glob
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.quantizers.auto import AutoHfQuantizer
+
+from raykd.actors import ModelFacts
+from raykd.experiment import Experiment, Model
+from raykd.lora import check_targets
+from raykd.prompts import eos_id
+
+OF_ANY_ARCHITECTURE = ("model_type", "quantization_config", "rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
+"""Fields of a configuration that transformers knows though no architecture lists them."""
+
+
+def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
+    """The shared tokenizer; raises ValueError when a model is missing, too short, or speaks other ids than the student."""
+    tokenizer = _load("student", experiment.student, AutoTokenizer)
+    if experiment.teacher is not None:
+        teacher_tokenizer = _load("teacher", experiment.teacher, AutoTokenizer)
+        if teacher_tokenizer.get_vocab() != tokenizer.get_vocab() or teacher_tokenizer.eos_token_id != tokenizer.eos_token_id:
+            raise ValueError(
+                f"student.path {experiment.student.path} and teacher.path {experiment.teacher.path} have different tokenizers "
+                f"({len(tokenizer)} and {len(teacher_tokenizer)} ids): their distributions cannot be compared; "
+                "choose a pair that shares one"
+            )
+    for role, model in (("student", experiment.student), ("teacher", experiment.teacher)):
+        if model is None:
+            continue
+        config = _architecture(role, model.scratch) if model.scratch else _load(role, model, AutoConfig)
+        if config.is_encoder_decoder:
+            raise ValueError(f"{role}: {config.model_type} is an encoder-decoder model; raykd distils causal models")
+        if model.scratch is None:
+            _check_weights(role, model.path)
+        if config.vocab_size < len(tokenizer):
+            raise ValueError(f"{role}: vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} ids")
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and limit < experiment.max_length:
+            raise ValueError(
+                f"max_prompt {experiment.max_prompt} + max_response {experiment.max_response} = {experiment.max_length} tokens, "
+                f"but {role}.path {model.path} takes at most {limit}; lower one of the two"
+            )
+        _check_engines(role, model, config, experiment)
+        if role == "student" and experiment.learner.lora.rank:
+            check_targets(config, experiment.learner.lora.targets)
+    return tokenizer
+
+
+def model_facts(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, folder: Path) -> ModelFacts:
+    """What every worker must agree on; models from scratch are initialised into the run directory ``folder``."""
+    student, teacher = experiment.student, experiment.teacher
+    return ModelFacts(
+        student=_model_folder("student", student, tokenizer, experiment, folder),
+        teacher=_model_folder("teacher", teacher, tokenizer, experiment, folder) if teacher else None,
+        vocab_size=len(tokenizer),
+        eos_ids=(eos_id(tokenizer),),
+        max_length=experiment.max_length,
+        seed=experiment.seed,
+        run=str(folder),
+    )
+
+
+def _architecture(role: str, scratch: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration of a model that begins at random; transformers would take misspelt fields without a word."""
+    kind = str(scratch.get("model_type", ""))
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"{role}.scratch: model_type {kind!r} is no architecture of transformers; name one, e.g. llama")
+    known = {*vars(CONFIG_MAPPING[kind]()), *CONFIG_MAPPING[kind].attribute_map, *OF_ANY_ARCHITECTURE}
+    if unknown := sorted(set(scratch) - known):
+        raise ValueError(f"{role}.scratch: {kind} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    try:
+        return AutoConfig.for_model(**scratch)
+    except Exception as error:  # each of its fields may refuse in a way of its own
+        raise ValueError(f"{role}.scratch: {error}") from error
+
+
+def _check_weights(role: str, path: str) -> None:
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not any(any(folder.glob(f"*.{suffix}")) for suffix in ("safetensors", "bin")):
+        raise ValueError(f"{role}.path {path} has a configuration and no weights (*.safetensors); copy them there")
+
+
+def _check_engines(role: str, model: Model, config: PreTrainedConfig, experiment: Experiment) -> None:
+    """Raises ValueError where the programs that are to run a model cannot."""
+    replicas = experiment.rollout if role == "student" else experiment.teachers
+    parts, heads = replicas.engine.tensor_parallel, getattr(config, "num_attention_heads", None)
+    if heads and heads % parts:
+        raise ValueError(
+            f"{role}.path {model.path} has {heads} attention heads, engine.tensor_parallel {parts} does not divide them"
+        )
+    place = str(experiment.runs.expanduser().resolve()) if model.scratch else _location(model)
+    by_vllm = experiment.num_rollouts if role == "student" else experiment.teachers.backend == "vllm" or experiment.teacher_writes
+    if by_vllm and glob.has_magic(place):
+        raise ValueError(f"{role}: vLLM takes {place} for a pattern, since it has a *, a ? or a [; rename it")
+    quantised = getattr(config, "quantization_config", None)
+    if quantised and role == "student":
+        raise ValueError(
+            f"student.path {model.path} is quantised ({_method(quantised)}): it cannot be trained; name its original"
+        )
+    if quantised and experiment.teachers.backend == "transformers":
+        try:
+            AutoHfQuantizer.from_config(quantised, pre_quantized=True).validate_environment()
+        except (ImportError, ValueError) as error:
+            raise ValueError(
+                f"teacher.path {model.path} is quantised ({_method(quantised)}), and transformers cannot read it: {error}; "
+                "set teachers.backend to vllm"
+            ) from error
+
+
+def _method(quantised: Any) -> str:
+    return str(quantised["quant_method"] if isinstance(quantised, dict) else quantised.quant_method)
+
+
+def _model_folder(role: str, model: Model, tokenizer: PreTrainedTokenizerBase, experiment: Experiment, folder: Path) -> str:
+    """Where a model's weights are; an architecture from scratch is initialised into the run directory first."""
+    target = folder / f"{role}_init"
+    if model.scratch is None:
+        return _location(model)
+    if not target.exists():
+        torch.manual_seed(experiment.seed)
+        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **model.scratch})
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, None
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    return str(target)
+
+
+def _location(model: Model) -> str:
+    """The folder's whole path, since actors have working directories of their own; else the name on the Hub."""
+    path = Path(model.path).expanduser()
+    return str(path.resolve()) if path.is_dir() else model.path
+
+
+def _load(role: str, model: Model, loader: Any) -> Any:
+    location = _location(model)
+    if model.path.startswith((".", "/", "~")) and not Path(location).is_dir():
+        raise ValueError(f"{role}.path {model.path}: no such folder; give a Hugging Face model folder, or a name on the Hub")
+    try:
+        return loader.from_pretrained(location)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{role}.path {model.path} cannot be loaded: {str(error).splitlines()[0]}") from error
