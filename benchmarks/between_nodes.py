@@ -21,6 +21,7 @@ import torch
 from ray.cluster_utils import Cluster
 from rich.console import Console
 from rich.table import Table
+from stamp import stamp
 
 from raykd.actors import within_reach
 from raykd.between_nodes import Reader, Window
@@ -98,7 +99,7 @@ def main() -> None:
         table.add_row(way, f"{value:.3f}", f"{num_bytes / value / 1e9:.2f}")
     Console().print(table)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"bytes": num_bytes, "seconds": medians}, indent=2) + "\n")
+    RESULTS.write_text(json.dumps({"measured": stamp(), "bytes": num_bytes, "seconds": medians}, indent=2) + "\n")
     ray.shutdown()
     cluster.shutdown()
 

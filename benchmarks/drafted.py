@@ -29,7 +29,7 @@ class Verifier(Writer, Protocol):
 
 async def verify(engine: VllmEngine, text: Sequence[int], places: Sequence[int], *, session: str) -> list[float]:
     """Log-probs of the tokens at ascending ``places``; between them the engine only reads."""
-    pieces = [(place, engine._params(0, 1, asked=text[place], greedy=True)) for place in places]
+    pieces = [(place, engine._params(0, 1, asked=text[place], temperature=0.0)) for place in places]
     written = await engine._answer(engine._thread.submit(list(text), pieces, session), "a draft")
     assert written.scored is not None
     return [*written.scored, written.logprobs[0][1]]

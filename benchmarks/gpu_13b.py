@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from stamp import stamp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd.algorithms import GKD
@@ -148,7 +149,7 @@ class Bench:
         size = self.scale.vocab_size
         address, student = ("127.0.0.1", 29_513), str(self.folder / "student")
         head = self.teacher.head()
-        self.learner = Learner(student, config=config, rank=0, address=address, vocab_size=size, pad_id=0, teacher_head=head)
+        self.learner = Learner(student, config=config, rank=0, address=address, vocab_size=size, teacher_head=head)
         self.learner.begin(Optimiser())
 
     def stop_learner(self) -> None:
@@ -305,7 +306,8 @@ def main() -> None:
     Console().print(shown)
     if scale_name != "tiny":
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps({"device": device, "flops_per_second": rate, "rows": rows}, indent=2) + "\n")
+        found = {"measured": stamp(), "device": device, "flops_per_second": rate, "rows": rows}
+        RESULTS.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

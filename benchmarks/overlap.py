@@ -20,6 +20,7 @@ from typing import Any, cast
 
 from rich.console import Console
 from rich.table import Table
+from stamp import stamp
 
 from raykd.algorithms import GKD, AdaptiveSchedule, DistiLLM, MiniLLM
 from raykd.algorithms.base import Algorithm, Needs
@@ -142,7 +143,7 @@ def main() -> None:
                 shown = f"{numbers['steps_per_hour']:,.0f}", f"{numbers['of_bound']:.0%}", f"{numbers['staleness']:.1f}"
                 table.add_row(method, profile, str(max_staleness), *shown)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"seconds": PROFILES, "results": results}, indent=2) + "\n")
+    RESULTS.write_text(json.dumps({"measured": stamp(), "seconds": PROFILES, "results": results}, indent=2) + "\n")
     Console().print(table)
 
 

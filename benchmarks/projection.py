@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from stamp import stamp
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
@@ -114,7 +115,7 @@ def trl(x: Inputs) -> Tensor:
 
 
 def products(x: Inputs) -> list[Tensor]:
-    """The four matrix products alone: nothing that computes each of them once is faster."""
+    """The four matrix products alone, each once, in PyTorch's layout: a yardstick, no bound where heads are odd or packed."""
     with torch.no_grad():
         slope = x.student_hidden @ x.student_weight.T
         return [x.teacher_hidden @ x.teacher_weight.T, slope @ x.student_weight, slope.T @ x.student_hidden]
@@ -227,12 +228,15 @@ def main() -> None:
     """Measure the named sizes, or all; those measured before are kept."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", nargs="*", metavar="V:T", help="vocabulary and tokens; all where none is named")
-    sizes = parser.parse_args().sizes
+    asked = parser.parse_args().sizes or [f"{vocab_size}:{tokens}" for vocab_size, tokens in SIZES]
+    try:
+        sizes = [(int(vocab_size), int(tokens)) for vocab_size, tokens in (size.split(":") for size in asked)]
+    except ValueError:
+        parser.error(f"sizes are V:T, two numbers each, got {' '.join(asked)}")
     check()
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for size in sizes or [f"{vocab_size}:{tokens}" for vocab_size, tokens in SIZES]:
-        vocab_size, tokens = map(int, size.split(":"))
-        results[f"{vocab_size:,} x {tokens:,}"] = measure(vocab_size, tokens)
+    for vocab_size, tokens in sizes:
+        results[f"{vocab_size:,} x {tokens:,}"] = {"measured": stamp()} | measure(vocab_size, tokens)
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     Console().print(table(results))

@@ -22,6 +22,7 @@ import ray
 import torch
 from rich.console import Console
 from rich.table import Table
+from stamp import stamp
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd.fleet import environment
@@ -99,7 +100,8 @@ def main() -> None:
     Console().print(table)
     RESULTS.parent.mkdir(exist_ok=True)
     ratio = total / medians["plain copy"]
-    RESULTS.write_text(json.dumps({"bytes": num_bytes, "seconds": medians, "publish": total, "copies": ratio}, indent=2) + "\n")
+    found = {"measured": stamp(), "bytes": num_bytes, "seconds": medians, "publish": total, "copies": ratio}
+    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

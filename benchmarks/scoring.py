@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from stamp import stamp
 from transformers import LlamaConfig, LlamaForCausalLM
 from vs_trl import SHAPES
 
@@ -80,7 +81,7 @@ def main() -> None:
             scored = case["prompts"] * case["samples"] * RESPONSE
             table.add_row(name, f"{scored:,}", *(f"{value:.3f}" for value in values), f"{values[0] / values[1]:.2f}")
     Console().print(table)
-    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
+    RESULTS.write_text(json.dumps({"measured": stamp(), **found}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

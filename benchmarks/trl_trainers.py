@@ -42,10 +42,15 @@ class Clock(TrainerCallback):
         return seconds | {"score and learn": rest}
 
 
-def distillation_trainer(folder: Path, clock: Clock, steps: int, batch: int, rate: float, max_new_tokens: int) -> Any:
-    """DistillationTrainer."""
+def distillation_trainer(
+    folder: Path, clock: Clock, steps: int, batch: int, rate: float, max_new_tokens: int, *, by_vllm: bool = False
+) -> Any:
+    """DistillationTrainer, which writes with transformers as it does by default, or ``by_vllm`` in its own process."""
     from datasets import load_dataset
     from trl import DistillationConfig, DistillationTrainer  # pyright: ignore[reportMissingImports]
+
+    # Its share of the memory is of all of the machine's; VLLM_CPU_KVCACHE_SPACE bounds its cache.
+    vllm: dict[str, Any] = {"use_vllm": True, "vllm_mode": "colocate", "vllm_gpu_memory_utilization": 0.05} if by_vllm else {}
 
     class Timed(DistillationTrainer):
         def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
@@ -59,7 +64,7 @@ def distillation_trainer(folder: Path, clock: Clock, steps: int, batch: int, rat
     return Timed(
         model=AutoModelForCausalLM.from_pretrained(folder / "student"),
         teacher_model=AutoModelForCausalLM.from_pretrained(folder / "teacher"),
-        args=DistillationConfig(**_settings(folder, steps, batch, rate), max_completion_length=max_new_tokens),
+        args=DistillationConfig(**_settings(folder, steps, batch, rate), max_completion_length=max_new_tokens, **vllm),
         train_dataset=load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train"),
         processing_class=AutoTokenizer.from_pretrained(folder / "student", padding_side="left"),
         callbacks=[clock],

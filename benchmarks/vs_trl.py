@@ -1,18 +1,20 @@
 """On-policy distillation beside TRL's DistillationTrainer and GKDTrainer: seconds and memory of a step, phase by phase.
 
-    python benchmarks/vs_trl.py [--dtype bfloat16] [check floor raykd overlap distillation gkd ...]
+    python benchmarks/vs_trl.py [--dtype bfloat16] [check floor raykd compiled overlap distillation distillation_vllm gkd ...]
 
 Student 16M, teacher 53M (random-weight Llamas), GPT-2's tokenizer and vocabulary of 50,257, two threads; 8 prompts of 32 tokens,
 128 new tokens each, reverse KL, AdamW. The prompts are of one length, so that nobody computes padding. Checkpoints are float32 or
 bfloat16; then TRL runs with its default ``bf16=True`` and steps bfloat16 weights, ours keeps float32 master weights. Every
 contender is a process of its own, given the same models and prompts; ours is ``run(Experiment)`` with its actors, "compiled" the
 same with ``learner.compiled``, "overlap" also with ``max_staleness`` 1 and one thread for the learner and for the engine that
-writes. Medians of the steps after the first three. Memory is the high-water mark of resident memory of the process that learns;
-for ours also the sum over all actors, each with its own copy of the libraries (0.5 to 0.9 GB).
+writes. "distillation" writes with transformers, TRL's default, "distillation_vllm" with vLLM in its own process
+(``use_vllm=True, vllm_mode="colocate"``). All have the settings of the C library that our actors have. Medians of the steps after
+the first three. Memory is the high-water mark of resident memory of the process that learns; for ours also the sum over driver
+and actors, each with its own copy of the libraries (0.5 to 0.9 GB), shared pages counted in each; Ray's own processes are not.
 
 "check": all three give the same loss and gradient on the same samples of unequal length; in bfloat16 they are compared with what
-ours computes from the same weights in float32. "floor": the matrix products of a
-step alone, each once: decoding, prefills, both heads, backward.
+ours computes from the same weights in float32. "floor": the matrix products of a step, each once, as if they ran at the rate of
+this machine's fastest product, or that of reading the weights where that takes longer.
 
 TRL takes part where it can be imported: ``pip install --no-deps trl==1.16.0 accelerate``. RAYKD_DATA names the folder that holds
 ``models/gpt2-tokenizer`` and TinyStories (default ../shared).
@@ -28,6 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -36,8 +39,11 @@ import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
+from stamp import stamp
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from trl_trainers import Clock, distillation_trainer, gkd_trainer
+
+from raykd.fleet import HEAP
 
 SHAPES: dict[str, dict[str, Any]] = {
     "student": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
@@ -49,6 +55,17 @@ STORIES = DATA / "data/corpus_tinystories/tinystories_cased.jsonl.gz"
 BATCH, PROMPT, RESPONSE, THREADS = 8, 32, 128, 2
 STEPS = {"raykd": 13, "distillation": 8, "gkd": 8}
 WARM_UP = 3
+VLLM_ALONE = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29879",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+"""What TRL's trainer wants for a vLLM in its own process, and as ours has it: not bound to cores."""
 RATE = 1e-5
 TRL: dict[str, Any] = {"batch": BATCH, "rate": RATE, "max_new_tokens": RESPONSE}
 RESULTS = Path(__file__).parent / "results" / "vs_trl.json"
@@ -156,6 +173,14 @@ def distillation(folder: Path) -> dict[str, Any]:
     return clock.result()
 
 
+def distillation_vllm(folder: Path) -> dict[str, Any]:
+    """TRL's DistillationTrainer, whose responses vLLM writes."""
+    os.environ.update(VLLM_ALONE)
+    clock = Clock(WARM_UP)
+    distillation_trainer(folder, clock, STEPS["distillation"], **TRL, by_vllm=True).train()
+    return clock.result()
+
+
 def gkd(folder: Path) -> dict[str, Any]:
     """TRL's GKDTrainer."""
     clock = Clock(WARM_UP)
@@ -164,44 +189,44 @@ def gkd(folder: Path) -> dict[str, Any]:
 
 
 def floor(folder: Path) -> dict[str, Any]:
-    """Nothing but the matrix products of a step, each once."""
-    torch.manual_seed(0)
+    """Nothing but the matrix products of a step, each once, at this machine's rates."""
     dtype = getattr(torch, dtype_of(folder))
-    heads = {name: torch.randn(50_257, SHAPES[name]["hidden_size"], dtype=dtype) for name in SHAPES}
-    bodies = {name: [torch.randn(m, n, dtype=dtype) for m, n in _matrices(SHAPES[name])] for name in SHAPES}
-    written, length = BATCH * RESPONSE, BATCH * (PROMPT + RESPONSE)
-    inputs = torch.randn(length, max(matrix.shape[1] for body in bodies.values() for matrix in body), dtype=dtype)
+    flops, bytes_read = _rates(dtype)
+    head = {name: 50_257 * SHAPES[name]["hidden_size"] for name in SHAPES}
+    body = {name: sum(m * n for m, n in _matrices(SHAPES[name])) for name in SHAPES}
+    written, length = BATCH * RESPONSE, BATCH * (PROMPT + RESPONSE - 1)
 
-    def products(matrices: list[torch.Tensor], rows: int, backward: bool = False) -> None:
-        for matrix in matrices:
-            for chunk in inputs[:rows, : matrix.shape[1]].split(160 if len(matrix) > 50_000 else rows):
-                output = chunk @ matrix.T
-                if backward:
-                    torch.mm(output, matrix)
-                    torch.mm(output.T, chunk)
+    def seconds(numbers: int, rows: int) -> float:
+        """Of a product of ``rows`` states and matrices of so many numbers."""
+        return max(2 * numbers * rows / flops, numbers * dtype.itemsize / bytes_read)
 
-    def generate() -> None:
-        products(bodies["student"], BATCH * PROMPT)
-        for _ in range(RESPONSE):
-            products([*bodies["student"], heads["student"]], BATCH)
+    decoding = (RESPONSE - 1) * seconds(body["student"] + head["student"], BATCH)
+    phases = {
+        "generate": seconds(body["student"], BATCH * PROMPT) + seconds(head["student"], BATCH) + decoding,
+        "score": seconds(body["teacher"], length),
+        "learn": 3 * seconds(body["student"], length) + 3 * seconds(head["student"], written) + seconds(head["teacher"], written),
+    }
+    return {"step": [sum(phases.values())], **{name: [value] for name, value in phases.items()}, "tokens": [written]}
 
-    def score() -> None:
-        products(bodies["teacher"], length)
 
-    def learn() -> None:
-        products(bodies["student"], length, backward=True)
-        products([heads["student"]], written, backward=True)
-        products([heads["teacher"]], written)
+def _rates(dtype: torch.dtype) -> tuple[float, float]:
+    """The most flops a second of a product of the sizes at hand, and bytes a second of reading: the best of several."""
 
-    phases: dict[str, Callable[[], None]] = {"generate": generate, "score": score, "learn": learn}
-    seconds: dict[str, list[float]] = {"step": [], **{name: [] for name in phases}}
-    for _ in range(WARM_UP + 3):
-        for name, phase in phases.items():
+    def best(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(12):
             started = time.perf_counter()
-            phase()
-            seconds[name].append(time.perf_counter() - started)
-        seconds["step"].append(sum(seconds[name][-1] for name in phases))
-    return {name: values[WARM_UP:] for name, values in seconds.items()} | {"tokens": [written]}
+            work()
+            times.append(time.perf_counter() - started)
+        return min(times)
+
+    torch.manual_seed(0)
+    most = 0.0
+    for rows, inputs, outputs in ((1024, 512, 1536), (1280, 256, 688), (256, 512, 50_257), (2048, 2048, 2048)):
+        first, second = torch.randn(rows, inputs, dtype=dtype), torch.randn(inputs, outputs, dtype=dtype)
+        most = max(most, 2 * rows * inputs * outputs / best(partial(torch.mm, first, second)))
+    numbers = torch.ones(2**26)
+    return most, numbers.nbytes / best(numbers.sum)
 
 
 def _matrices(shape: dict[str, Any]) -> list[tuple[int, int]]:
@@ -285,7 +310,6 @@ def _our_loss(folder: Path, texts: list[list[list[int]]], dtype: Any) -> tuple[f
         Totals.of(rows),
         fetch=lambda block: block,
         teacher_head=teacher.head(),
-        pad_id=0,
         lay=student.lay,
         **size,
     )
@@ -304,6 +328,7 @@ CONTENDERS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "compiled": compiled,
     "overlap": overlap,
     "distillation": distillation,
+    "distillation_vllm": distillation_vllm,
     "gkd": gkd,
 }
 
@@ -344,7 +369,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     """A contender in a process of its own."""
     output = folder / f"{name}.json"
     command = [sys.executable, __file__, "--contender", name, str(folder), str(output)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false", "GLIBC_TUNABLES": HEAP}
     with (folder / f"{name}.log").open("w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process:
         memory = Memory(psutil.Process(process.pid))
         memory.start()
@@ -389,7 +414,7 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in asked.contenders or CONTENDERS:
-        results.setdefault(asked.dtype, {})[name] = measure(name, folder)
+        results.setdefault(asked.dtype, {})[name] = {"measured": stamp()} | measure(name, folder)
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     for dtype, found in results.items():
         Console(width=120).print(table(found, dtype))

@@ -21,6 +21,7 @@ import torch
 from ray.experimental import get_object_locations
 from rich.console import Console
 from rich.table import Table
+from stamp import stamp
 
 from raykd.payloads import payload_bytes
 from raykd.records import Scores
@@ -109,7 +110,8 @@ def main() -> None:
         results[f"{payload}, vocabulary {name}"] = row
         shown.add_row(payload, name, *(f"{value:,}" for value in row.values()))
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"tokens": options.tokens, "width": WIDTH, "results": results}, indent=2) + "\n")
+    found = {"measured": stamp(), "tokens": options.tokens, "width": WIDTH, "results": results}
+    RESULTS.write_text(json.dumps(found, indent=2) + "\n")
     Console().print(shown)
 
 
