@@ -1,4 +1,4 @@
-"""A weight publish of a 1.1-billion-parameter Llama on CPU, learner to vLLM engine, beside a plain copy of the same bytes.
+"""A weight publish of a 1.2-billion-parameter Llama on CPU, learner to vLLM engine, beside a plain copy of the same bytes.
 
     python benchmarks/publish.py [--small]
 

@@ -129,6 +129,11 @@ OFF_POLICY = Section(
         "importance_weight": Meaning(
             "Importance weight", "ratio", "Mean of learner's over writer's probability. Around 1 is healthy."
         ),
+        "logprob_mismatch": Meaning(
+            "Mismatch of learner and engine",
+            "nats a token",
+            "Mean distance of their log-probs, over tokens that an engine wrote. On new text rounding alone; a jump is an error.",
+        ),
         "effective_sample_share": Meaning(
             "Effective share of the sample",
             "share",
