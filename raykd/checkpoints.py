@@ -18,9 +18,11 @@ from raykd.prompts import Data
 from raykd.workers import Workers
 
 
-def save_checkpoint(workers: Workers, data: Data, run: Path, at: Position, prompts: dict[str, Any] | None = None) -> None:
-    """Everything a resumed run needs, complete or absent: written beside, then renamed. ``prompts`` is where the stream stood
-    before the responses that nobody has learned from yet: they are written again."""
+def save_checkpoint(
+    workers: Workers, data: Data, run: Path, at: Position, *, kept: int | None, prompts: dict[str, Any] | None = None
+) -> None:
+    """Everything a resumed run needs, complete or absent: written beside, then renamed. Older ones go, so that ``kept`` are left.
+    ``prompts`` is where the stream stood before the responses that nobody has learned from yet: they are written again."""
     final = run / "checkpoints" / f"step-{at.total:06d}"
     partial = final.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -31,6 +33,7 @@ def save_checkpoint(workers: Workers, data: Data, run: Path, at: Position, promp
     (partial / "driver.json").write_text(json.dumps({"position": asdict(at), "streams": streams}), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
+    forget_checkpoints(run, kept)
     forget_bests(run, at)
 
 

@@ -100,7 +100,7 @@ def _check_engines(role: str, model: Model, config: PreTrainedConfig, experiment
             f"{role}.path {model.path} has {heads} attention heads, engine.tensor_parallel {parts} does not divide them"
         )
     place = str(experiment.runs.expanduser().resolve()) if model.scratch else _location(model)
-    by_vllm = experiment.num_rollouts if role == "student" else experiment.teachers.backend == "vllm" or experiment.teacher_writes
+    by_vllm = experiment.num_rollouts if role == "student" else experiment.teacher_starts_vllm
     if by_vllm and glob.has_magic(place):
         raise ValueError(f"{role}: vLLM takes {place} for a pattern, since it has a *, a ? or a [; rename it")
     quantised = getattr(config, "quantization_config", None)

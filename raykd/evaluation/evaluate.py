@@ -81,11 +81,9 @@ def evaluate(evaluation: Evaluation, console: Console) -> tuple[Results, list[di
         return found
 
     tasks, dtype = evaluation.harness_tasks, evaluation.engine.dtype
-    by_harness = (
-        each("runs the harness", lambda model: in_own_process(run_harness, question_sets[model].folder, tasks, dtype))
-        if tasks
-        else {}
-    )
+    by_harness = {}
+    if tasks:
+        by_harness = each("runs the harness", lambda m: in_own_process(run_harness, question_sets[m].folder, tasks, dtype))
     written = each("answers", lambda model: answer(evaluation, question_sets[model]))
     measured = each("is measured", lambda model: measure(evaluation, model, question_sets, written))
     suites = {

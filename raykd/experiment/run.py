@@ -174,6 +174,11 @@ class Experiment(Value):
         return any(stage.algorithm.writers & TEACHER_WRITES for stage in self.stages)
 
     @property
+    def teacher_starts_vllm(self) -> bool:
+        """Whether a teacher's worker has an engine of vLLM, to score or to write."""
+        return self.teachers.backend == "vllm" or self.teacher_writes
+
+    @property
     def writes_responses(self) -> bool:
         """Whether responses are written that are not in the data: to learn from, or to be measured."""
         measured = self.teacher is not None or any(stage.keep == "rouge_l" for stage in self.stages)
