@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from raykd.algorithms import GKD, KD, SFT, MiniLLM
+from raykd.algorithms import GKD, KD, SFT, DistiLLM, DistiLLM2, MiniLLM
 from raykd.experiment import (
     EngineConfig,
     EvaluationConfig,
@@ -78,6 +78,23 @@ def test_weights_are_kept_by_what_is_measured(keep: str, changes: dict[str, obje
     stages = (Stage.model_validate({"algorithm": algorithm, "steps": 1, "keep": keep}),)
     with pytest.raises(ValidationError, match=message):
         experiment(stages=stages, **({"teacher": TEACHER} if "data" in changes else {}), **changes)
+
+
+def test_a_schedule_by_the_held_out_loss_has_one():
+    stages = (Stage(algorithm=DistiLLM(), steps=1),)
+    with pytest.raises(
+        ValidationError, match=r"stages.0: DistiLLM raises its .* held-out loss, but .* or set schedule.step to 0"
+    ):
+        experiment(stages=stages, teacher=TEACHER)
+    experiment(stages=stages, teacher=TEACHER, evaluation=EvaluationConfig(every=5))
+
+
+@pytest.mark.parametrize(("batch_size", "samples"), [(12, 4), (5, 1), (32, 32)])
+def test_prompts_that_cannot_be_halved_are_refused(batch_size: int, samples: int):
+    algorithm = DistiLLM2(responses=batch_size)
+    stages = (Stage(algorithm=algorithm, steps=1, batch_size=batch_size, samples_per_prompt=samples),)
+    with pytest.raises(ValidationError, match=rf"half of {batch_size} responses a phase is no whole number of prompts"):
+        experiment(stages=stages, teacher=TEACHER)
 
 
 def test_an_engine_is_started_where_answers_are_measured():

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 from overlap import Sleepers
-from pydantic import ValidationError
 
 from raykd.algorithms import GKD, DistiLLM, DistiLLM2, ImitKD, MiniLLM
 from raykd.algorithms.distillm import AdaptiveSchedule
@@ -68,12 +67,6 @@ def test_a_share_is_kept_over_the_phases_however_few_prompts_one_has(share: floa
             sources += [row.rollout.source for row in rows]
             at.step, at.total, workers.version = at.step + 1, at.total + 1, workers.version + 1
     assert abs(sources.count(Source.STUDENT) - share * len(sources)) < samples
-
-
-@pytest.mark.parametrize(("batch_size", "samples"), [(12, 4), (5, 1), (32, 32)])
-def test_prompts_that_cannot_be_halved_are_refused(batch_size: int, samples: int) -> None:
-    with pytest.raises(ValidationError, match=rf"half of {batch_size} responses a phase is no whole number of prompts"):
-        Stage(algorithm=DistiLLM2(responses=batch_size), steps=1, batch_size=batch_size, samples_per_prompt=samples)
 
 
 def test_each_phase_draws_anew_and_at_the_algorithms_temperature(monkeypatch: pytest.MonkeyPatch) -> None:

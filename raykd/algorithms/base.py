@@ -113,6 +113,17 @@ class Mixture:
         return frozenset(source for source, share in shares.items() if share > 0)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What a stage asks of its algorithm."""
+
+    rows_per_phase: int
+    """Responses written before learning from them, over all ranks."""
+    samples_per_prompt: int
+    max_response: int
+    """Longest response, tokens."""
+
+
 class Replay(Value):
     """How long responses are kept for another use."""
 
@@ -204,6 +215,22 @@ class Algorithm(Value, ABC):
     def text(self) -> "TextTerm | None":
         """The loss on plain text beside this method."""
         return None
+
+    @property
+    def held_out(self) -> "HeldOut | None":
+        """Why ``mixture`` needs ``Progress.held_out``; None: it does without."""
+        return None
+
+    def refusal(self, sizes: Sizes) -> str | None:
+        """What is wrong with a stage of such sizes and how to mend it, in words that follow the algorithm's name; else None."""
+        return None
+
+
+class HeldOut(NamedTuple):
+    """Parts of a sentence: the algorithm ``does`` something by the held-out loss; where that is not measured, ``otherwise``."""
+
+    does: str
+    otherwise: str
 
 
 class TextTerm(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from raykd.algorithms.base import Mixture, Progress, Replay, TextTerm
+from raykd.algorithms.base import HeldOut, Mixture, Progress, Replay, TextTerm
 from raykd.algorithms.gkd import GKD, NamedGKD
 from raykd.algorithms.sft import SFT
 from raykd.algorithms.token_divergences import SkewForwardKL, SkewReverseKL
@@ -159,6 +159,10 @@ class DistiLLM(NamedGKD):
     @property
     def text(self) -> TextTerm | None:
         return TextTerm(SFT(), self.text_coefficient) if self.text_coefficient > 0 else None
+
+    @property
+    def held_out(self) -> HeldOut | None:
+        return HeldOut("raises its share of student text by", "set schedule.step to 0") if self.schedule.step > 0 else None
 
     def mixture(self, progress: Progress) -> Mixture:
         turn = self.schedule.turn(

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raykd.algorithms.base import Algorithm, Mixture, Needs, PerToken, Progress, Reduction
+from raykd.algorithms.base import Algorithm, Mixture, Needs, PerToken, Progress, Reduction, Sizes
 from raykd.algorithms.gkd import measures
 from raykd.divergences import skew_reverse_kl
 from raykd.logprobs import masked_sum
@@ -68,6 +68,14 @@ class DistiLLM2(Algorithm):
 
     def mixture(self, progress: Progress) -> Mixture:
         return Mixture(student=0.5, teacher=0.5, same_prompts=True)
+
+    def refusal(self, sizes: Sizes) -> str | None:
+        if sizes.rows_per_phase // sizes.samples_per_prompt % 2 == 0:
+            return None
+        return (
+            f"has student and teacher answer the same prompts, but half of {sizes.rows_per_phase} responses a phase is no whole "
+            f"number of prompts at samples_per_prompt {sizes.samples_per_prompt}; change one of them"
+        )
 
     def beta_at(self, progress: Progress) -> float:
         """The weight of the student's text in this step; the teacher's is 1 - beta."""

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from raykd.algorithms.base import Algorithm, Mixture, Needs, PerToken, Progress, TextTerm
+from raykd.algorithms.base import Algorithm, Mixture, Needs, PerToken, Progress, Sizes, TextTerm
 from raykd.algorithms.gkd import KD, measures
 from raykd.algorithms.sft import SFT
 from raykd.divergences import reverse_kl
@@ -105,6 +105,14 @@ class MiniLLM(Algorithm):
         share, reduction = self.text_distillation, self.reduction  # as printed: -log q of a whole text
         algorithm = KD(data_weight=1 - share, reduction=reduction) if share > 0 else SFT(reduction=reduction)
         return TextTerm(algorithm, self.text_coefficient)
+
+    def refusal(self, sizes: Sizes) -> str | None:
+        if not isinstance(self.whiten, int) or self.whiten >= sizes.max_response:
+            return None
+        return (
+            f"whitens over {self.whiten} positions a response, but max_response is {sizes.max_response}: "
+            "sums over longer ones would be no means; raise whiten, or set it to tokens"
+        )
 
     def advantages(self, log_ratios: Tensor, mask: Tensor) -> Tensor:
         """R_t of log p - log q_old: the return of the rewards after t (from t on with ``include_current_reward``); ``[B, T]``."""

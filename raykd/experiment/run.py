@@ -7,8 +7,7 @@ from typing import Any, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raykd.algorithms import DistiLLM, MiniLLM
-from raykd.algorithms.base import Needs
+from raykd.algorithms.base import Needs, Sizes
 from raykd.experiment.stage import Kept, Stage
 from raykd.experiment.workers import LearnerConfig, RewardConfig, RolloutConfig, TeacherConfig
 from raykd.prompts import Documents, Pairs
@@ -111,13 +110,15 @@ class Experiment(Value):
                 )
             if algorithm.needs_reward and self.reward is None:
                 raise ValueError(f"{where} has a reward_weight, but reward is not set; name a function or a classifier")
-            if isinstance(algorithm, DistiLLM) and algorithm.schedule.step > 0:
-                self._measures("loss", f"{where} raises its share of student text by", "set schedule.step to 0")
-            if isinstance(algorithm, MiniLLM) and isinstance(algorithm.whiten, int) and algorithm.whiten < self.max_response:
-                raise ValueError(
-                    f"{where} whitens over {algorithm.whiten} positions a response, but max_response is {self.max_response}: "
-                    "sums over longer ones would be no means; raise whiten, or set it to tokens"
-                )
+            if held_out := algorithm.held_out:
+                self._measures("loss", f"{where} {held_out.does}", held_out.otherwise)
+            sizes = Sizes(
+                rows_per_phase=stage.rows_per_phase,
+                samples_per_prompt=stage.samples_per_prompt,
+                max_response=self.max_response,
+            )
+            if refusal := algorithm.refusal(sizes):
+                raise ValueError(f"{where} {refusal}")
             if stage.keep != "last":
                 self._measures(stage.keep, f"stages.{index} keeps the best weights by", "set keep to last")
         return self

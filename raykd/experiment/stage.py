@@ -4,7 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from raykd.algorithms import AnyAlgorithm, DistiLLM2
+from raykd.algorithms import AnyAlgorithm
 from raykd.algorithms.base import Replay
 from raykd.value import Positive, Value
 
@@ -78,11 +78,6 @@ class Stage(Value):
             raise ValueError(
                 f"rollouts_per_phase {self.rows_per_phase} is no multiple of batch_size {self.batch_size}: "
                 "some responses would never be learned from; change one of them"
-            )
-        if isinstance(self.algorithm, DistiLLM2) and self.rows_per_phase // self.samples_per_prompt % 2:
-            raise ValueError(
-                f"DistiLLM2 has student and teacher answer the same prompts, but half of {self.rows_per_phase} responses a phase "
-                f"is no whole number of prompts at samples_per_prompt {self.samples_per_prompt}; change one of them"
             )
         if self.batch_size % self.samples_per_prompt:
             raise ValueError(
