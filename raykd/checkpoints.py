@@ -8,7 +8,7 @@ import json
 import math
 import pickle
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,20 @@ from raykd.experiment import HIGHER_IS_BETTER, Stage
 from raykd.phases import Position
 from raykd.prompts import Data
 from raykd.workers import Workers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """Where it lies, and what the driver keeps there."""
+
+    folder: Path
+    position: Position
+    streams: dict[str, Any]
+    """Where prompts and text stood."""
+
+    @property
+    def run(self) -> Path:
+        return self.folder.parents[1]
 
 
 def save_checkpoint(
@@ -37,29 +51,27 @@ def save_checkpoint(
     forget_bests(run, at)
 
 
-def restore_data(data: Data, run: Path) -> None:
-    """Prompts and text go on where the newest checkpoint of a run left them; ValueError where they are not the same."""
-    _, state = newest_checkpoint(run)
-    data.prompts.restore(state["streams"]["prompts"])
-    if data.text is not None:
-        data.text.restore(state["streams"]["text"])
-
-
-def restore_checkpoint(workers: Workers, run: Path) -> Position:
-    """Learner and replay buffer go on from the newest complete checkpoint of a run; ValueError where there is none."""
-    folder, state = newest_checkpoint(run)
-    position = Position(**state["position"])
-    workers.restore(folder / "learner", position.total)
-    workers.call_replay("restore", pickle.loads((folder / "replay.pkl").read_bytes()))
-    return position
-
-
-def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
-    """Its folder and what the driver keeps there; ValueError where a run has none."""
+def newest_checkpoint(run: Path) -> Checkpoint:
+    """The newest complete one of a run; ValueError where there is none."""
     folders = _checkpoints(run)
     if not folders:
         raise ValueError(f"run {run} has no complete checkpoint; start it afresh without --resume")
-    return folders[-1], json.loads((folders[-1] / "driver.json").read_text(encoding="utf-8"))
+    state = json.loads((folders[-1] / "driver.json").read_text(encoding="utf-8"))
+    return Checkpoint(folder=folders[-1], position=Position(**state["position"]), streams=state["streams"])
+
+
+def restore_data(data: Data, checkpoint: Checkpoint) -> None:
+    """Prompts and text go on where a checkpoint left them; ValueError where they are not the same."""
+    data.prompts.restore(checkpoint.streams["prompts"])
+    if data.text is not None:
+        data.text.restore(checkpoint.streams["text"])
+
+
+def restore_workers(workers: Workers, checkpoint: Checkpoint) -> Position:
+    """Learner and replay buffer go on where a checkpoint left them; returns the run's position there."""
+    workers.restore(checkpoint.folder / "learner", checkpoint.position.total)
+    workers.call_replay("restore", pickle.loads((checkpoint.folder / "replay.pkl").read_bytes()))
+    return checkpoint.position
 
 
 def forget_checkpoints(run: Path, kept: int | None) -> None:

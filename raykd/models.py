@@ -18,6 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from raykd.actors import ModelFacts
 from raykd.experiment import Experiment, Model
 from raykd.lora import check_targets
+from raykd.pretrained import load, locate
 from raykd.prompts import eos_id
 
 OF_ANY_ARCHITECTURE = ("model_type", "quantization_config", "rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
@@ -26,9 +27,9 @@ OF_ANY_ARCHITECTURE = ("model_type", "quantization_config", "rope_theta", "rope_
 
 def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
     """The shared tokenizer; raises ValueError when a model is missing, too short, or speaks other ids than the student."""
-    tokenizer = _load("student", experiment.student, AutoTokenizer)
+    tokenizer = load("student.path", experiment.student.path, AutoTokenizer)
     if experiment.teacher is not None:
-        teacher_tokenizer = _load("teacher", experiment.teacher, AutoTokenizer)
+        teacher_tokenizer = load("teacher.path", experiment.teacher.path, AutoTokenizer)
         if teacher_tokenizer.get_vocab() != tokenizer.get_vocab() or teacher_tokenizer.eos_token_id != tokenizer.eos_token_id:
             raise ValueError(
                 f"student.path {experiment.student.path} and teacher.path {experiment.teacher.path} have different tokenizers "
@@ -38,7 +39,7 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
     for role, model in (("student", experiment.student), ("teacher", experiment.teacher)):
         if model is None:
             continue
-        config = _architecture(role, model.scratch) if model.scratch else _load(role, model, AutoConfig)
+        config = _architecture(role, model.scratch) if model.scratch else load(f"{role}.path", model.path, AutoConfig)
         if config.is_encoder_decoder:
             raise ValueError(f"{role}: {config.model_type} is an encoder-decoder model; raykd distils causal models")
         if model.scratch is None:
@@ -86,7 +87,7 @@ def _architecture(role: str, scratch: dict[str, Any]) -> PreTrainedConfig:
 
 
 def _check_weights(role: str, path: str) -> None:
-    folder = Path(path).expanduser()
+    folder = Path(locate(f"{role}.path", path))
     if folder.is_dir() and not any(any(folder.glob(f"*.{suffix}")) for suffix in ("safetensors", "bin")):
         raise ValueError(f"{role}.path {path} has a configuration and no weights (*.safetensors); copy them there")
 
@@ -99,7 +100,7 @@ def _check_engines(role: str, model: Model, config: PreTrainedConfig, experiment
         raise ValueError(
             f"{role}.path {model.path} has {heads} attention heads, engine.tensor_parallel {parts} does not divide them"
         )
-    place = str(experiment.runs.expanduser().resolve()) if model.scratch else _location(model)
+    place = str(experiment.runs.expanduser().resolve()) if model.scratch else locate(f"{role}.path", model.path)
     by_vllm = experiment.num_rollouts if role == "student" else experiment.teacher_starts_vllm
     if by_vllm and glob.has_magic(place):
         raise ValueError(f"{role}: vLLM takes {place} for a pattern, since it has a *, a ? or a [; rename it")
@@ -126,7 +127,7 @@ def _model_folder(role: str, model: Model, tokenizer: PreTrainedTokenizerBase, e
     """Where a model's weights are; an architecture from scratch is initialised into the run directory first."""
     target = folder / f"{role}_init"
     if model.scratch is None:
-        return _location(model)
+        return locate(f"{role}.path", model.path)
     if not target.exists():
         torch.manual_seed(experiment.seed)
         config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **model.scratch})
@@ -134,19 +135,3 @@ def _model_folder(role: str, model: Model, tokenizer: PreTrainedTokenizerBase, e
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(target)
         tokenizer.save_pretrained(target)
     return str(target)
-
-
-def _location(model: Model) -> str:
-    """The folder's whole path, since actors have working directories of their own; else the name on the Hub."""
-    path = Path(model.path).expanduser()
-    return str(path.resolve()) if path.is_dir() else model.path
-
-
-def _load(role: str, model: Model, loader: Any) -> Any:
-    location = _location(model)
-    if model.path.startswith((".", "/", "~")) and not Path(location).is_dir():
-        raise ValueError(f"{role}.path {model.path}: no such folder; give a Hugging Face model folder, or a name on the Hub")
-    try:
-        return loader.from_pretrained(location)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{role}.path {model.path} cannot be loaded: {str(error).splitlines()[0]}") from error

@@ -12,7 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from raykd.checkpoints import restore_checkpoint, restore_data
+from raykd.checkpoints import newest_checkpoint, restore_data, restore_workers
 from raykd.experiment import Experiment, FunctionReward
 from raykd.models import check_models, model_facts
 from raykd.phases import Position
@@ -42,22 +42,23 @@ class Result:
 def run(experiment: Experiment, resume: Path | None = None, console: Console | None = None) -> Result:
     """Run an experiment to its end, or go on with the run in ``resume`` from its newest checkpoint."""
     console = console or Console()
-    resume = resume.expanduser().resolve() if resume else None  # actors have working directories of their own
-    if resume:
-        refuse_changes(experiment, resume)
+    # Its whole path, since actors have working directories of their own.
+    checkpoint = newest_checkpoint(resume.expanduser().resolve()) if resume else None
+    if checkpoint:
+        refuse_changes(experiment, checkpoint)
     disable_progress_bar()  # of loading and writing weights; the run has its own
     tokenizer = check_models(experiment)
     if isinstance(experiment.reward, FunctionReward):
         load_function(experiment.reward.name)
     data = prepare(experiment, tokenizer)
-    if resume:
-        restore_data(data, resume)
+    if checkpoint:
+        restore_data(data, checkpoint)
     if data.left_out:
         say(console, data.left_out)
     connect(experiment)
     if idle := idle_gpus(experiment):
         say(console, idle)
-    folder = resume or new_folder(experiment)
+    folder = checkpoint.run if checkpoint else new_folder(experiment)
     facts = model_facts(experiment, tokenizer, folder)
     say(console, f"run directory {folder}; starting the workers")
     tracking, config = experiment.tracking, experiment.model_dump(mode="json")
@@ -66,10 +67,10 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
     workers = start_workers(experiment, facts)
     try:
         with tracker:
-            at = restore_checkpoint(workers, folder) if resume else Position()
-            if resume:  # what a checkpoint refuses does not stay in the run directory
+            at = restore_workers(workers, checkpoint) if checkpoint else Position()
+            if checkpoint:  # what a checkpoint refuses does not stay in the run directory
                 describe(experiment, folder)
-            before = {} if resume else measure(experiment, workers, data, tracker, at)
+            before = {} if checkpoint else measure(experiment, workers, data, tracker, at)
             after = train(experiment, workers, data, tracker, folder, at) or before
             say(console, advice(folder, max(stage.max_staleness for stage in experiment.stages)))
             workers.save_student(folder / "student")

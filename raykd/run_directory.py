@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from raykd.checkpoints import newest_checkpoint
+from raykd.checkpoints import Checkpoint
 from raykd.experiment import Experiment
 from raykd.provenance import revision, versions
 from raykd.rank import settings
@@ -31,18 +31,17 @@ def describe(experiment: Experiment, folder: Path) -> None:
     (folder / "experiment.json").write_text(json.dumps(described, indent=2), encoding="utf-8")
 
 
-def refuse_changes(experiment: Experiment, folder: Path) -> None:
+def refuse_changes(experiment: Experiment, checkpoint: Checkpoint) -> None:
     """Raises ValueError where a run cannot go on with an experiment: what is over cannot change, and a checkpoint is of as many
     ranks, in the same precision, as wrote it."""
-    _, state = newest_checkpoint(folder)
-    described = load_experiment(folder)
+    described = load_experiment(checkpoint.run)
     written, wanted = settings(described.learner), settings(experiment.learner)
     if changed := {name: written.get(name) for name in {**written, **wanted} if written.get(name) != wanted.get(name)}:
-        raise ValueError(f"the checkpoints of run {folder} are of a learner with {changed}; resume it with the same")
-    done = state["position"]["stage"]
-    for index, (before, now) in enumerate(zip(described.stages[:done], experiment.stages, strict=False)):
+        raise ValueError(f"the checkpoints of run {checkpoint.run} are of a learner with {changed}; resume it with the same")
+    over = described.stages[: checkpoint.position.stage]
+    for index, (before, now) in enumerate(zip(over, experiment.stages, strict=False)):
         if before != now:
-            raise ValueError(f"stages.{index} of run {folder} is over and cannot change any more; start a new run")
+            raise ValueError(f"stages.{index} of run {checkpoint.run} is over and cannot change any more; start a new run")
 
 
 def load_experiment(folder: Path) -> Experiment:

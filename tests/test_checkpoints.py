@@ -51,7 +51,7 @@ def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     for step in (2, 10, 9):
         folder = tmp_path / "checkpoints" / f"step-{step}"
         folder.mkdir(parents=True)
-        (folder / "driver.json").write_text(f'{{"position": {step}}}')
+        (folder / "driver.json").write_text(f'{{"position": {{"total": {step}}}, "streams": {{}}}}')
     (tmp_path / "checkpoints" / "step-11.partial").mkdir()
 
     def names() -> list[str]:
@@ -64,4 +64,5 @@ def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     assert len(names()) == 3
     forget_checkpoints(tmp_path, 2)
     assert names() == ["step-10", "step-9"]
-    assert newest_checkpoint(tmp_path)[1] == {"position": 10}
+    newest = newest_checkpoint(tmp_path)
+    assert newest.position.total == 10 and newest.run == tmp_path

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from raykd.actors import ModelFacts
 from raykd.algorithms.base import Needs
-from raykd.checkpoints import restore_checkpoint, restore_data
+from raykd.checkpoints import newest_checkpoint, restore_data, restore_workers
 from raykd.experiment import Experiment
 from raykd.learner import Learner
 from raykd.logprobs import gather, log_softmax, mixture_logprobs
@@ -47,9 +47,9 @@ def run_in_process(experiment: Experiment, console: Console, *, reads: bool = Fa
         assert data.text is not None, "an experiment that reads names its text"
         data = replace(data, prompts=data.text, text=None)
     folder = experiment.runs.absolute() / experiment.name
-    resumes = any(folder.glob("checkpoints/step-*/driver.json"))
-    if resumes:
-        restore_data(data, folder)
+    checkpoint = newest_checkpoint(folder) if any(folder.glob("checkpoints/step-*/driver.json")) else None
+    if checkpoint:
+        restore_data(data, checkpoint)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         new_folder(experiment)
@@ -57,8 +57,8 @@ def run_in_process(experiment: Experiment, console: Console, *, reads: bool = Fa
     workers = InProcess(experiment, facts)
     config = experiment.model_dump(mode="json")
     with Tracker(folder, config, name=folder.name, wandb=False, project="", console=console) as tracker:
-        at = restore_checkpoint(workers, folder) if resumes else Position()
-        if not resumes:
+        at = restore_workers(workers, checkpoint) if checkpoint else Position()
+        if not checkpoint:
             measure(experiment, workers, data, tracker, at)
         train(experiment, workers, data, tracker, folder, at)
         workers.save_student(folder / "student")

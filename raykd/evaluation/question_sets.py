@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from raykd.evaluation.suites import LabelQuestion, LabelSuite, Question, Row, Suite, label_questions, questions
+from raykd.pretrained import load, locate
 from raykd.prompts import eos_id, read_rows
 from raykd.records import Rollout
 
@@ -73,14 +73,10 @@ def check_pair(student: QuestionSet, teacher: QuestionSet) -> None:
 def _question_set(
     model: str, suites: Sequence[Suite | LabelSuite], rows: Mapping[str, Sequence[Row]], max_prompt: int | None
 ) -> QuestionSet:
-    folder = _folder(model)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        context = getattr(AutoConfig.from_pretrained(folder), "max_position_embeddings", None) or sys.maxsize
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model {model} cannot be loaded: {str(error).splitlines()[0]}") from error
+    tokenizer = load("model", model, AutoTokenizer)
+    context = getattr(load("model", model, AutoConfig), "max_position_embeddings", None) or sys.maxsize
     eos_id(tokenizer)
-    question_set = QuestionSet(folder, tokenizer, {}, {})
+    question_set = QuestionSet(locate("model", model), tokenizer, {}, {})
     for suite in suites:
         room = context - suite.max_tokens
         if room < 1:
@@ -91,15 +87,3 @@ def _question_set(
         else:
             question_set.labelled[suite.name] = label_questions(suite, rows[suite.name], tokenizer, longest)
     return question_set
-
-
-def _folder(model: str) -> str:
-    """A run directory's student, or the folder itself; what is no folder must be a name on the Hub."""
-    path = Path(model).expanduser()
-    if model.startswith((".", "/", "~")) and not path.is_dir():
-        raise ValueError(
-            f"model {model}: no such folder; give a Hugging Face model folder, a run directory, or a name on the Hub"
-        )
-    if (path / "student" / "config.json").is_file():
-        return str(path / "student")
-    return str(path) if path.is_dir() else model

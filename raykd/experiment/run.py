@@ -21,7 +21,7 @@ TEACHER_WRITES = frozenset({Source.MIXED, Source.TEACHER})
 
 
 class Model(Value):
-    """A causal language model: a folder or a name on the Hub."""
+    """A causal language model: a folder, a run directory (its student), or a name on the Hub."""
 
     path: str
     """Weights, configuration and tokenizer; with ``scratch``, the tokenizer alone."""
