@@ -42,6 +42,7 @@ class ModelFacts:
     vocab_size: int
     """Size of the shared tokenizer: every softmax runs over exactly these ids."""
     eos_ids: tuple[int, ...]
+    """Whoever writes a response, any of them ends it."""
     max_length: int
     """Longest prompt and response together."""
     seed: int

@@ -18,8 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from raykd.actors import ModelFacts
 from raykd.experiment import Experiment, Model
 from raykd.lora import check_targets
-from raykd.pretrained import load, locate
-from raykd.prompts import eos_id
+from raykd.pretrained import eos_ids, load, locate
 
 OF_ANY_ARCHITECTURE = ("model_type", "quantization_config", "rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
 """Fields of a configuration that transformers knows though no architecture lists them."""
@@ -60,12 +59,13 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
 
 def model_facts(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, folder: Path) -> ModelFacts:
     """What every worker must agree on; models from scratch are initialised into the run directory ``folder``."""
-    student, teacher = experiment.student, experiment.teacher
+    teacher = experiment.teacher
+    student = _model_folder("student", experiment.student, tokenizer, experiment, folder)
     return ModelFacts(
-        student=_model_folder("student", student, tokenizer, experiment, folder),
+        student=student,
         teacher=_model_folder("teacher", teacher, tokenizer, experiment, folder) if teacher else None,
         vocab_size=len(tokenizer),
-        eos_ids=(eos_id(tokenizer),),
+        eos_ids=eos_ids(student, tokenizer),
         max_length=experiment.max_length,
         seed=experiment.seed,
         run=str(folder),

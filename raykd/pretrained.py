@@ -1,7 +1,11 @@
-"""A model by the name that users give it: where it lies, and what is read from there."""
+"""A model by the name that users give it: where it lies, what is read from there, and which ids end its responses."""
 
 from pathlib import Path
 from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from raykd.prompts import eos_id
 
 
 def locate(who: str, name: str) -> str:
@@ -22,3 +26,16 @@ def load(who: str, name: str, loader: Any) -> Any:
         return loader.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{who} {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def eos_ids(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end a response: the tokenizer's EOS, then what else the model's ``generation_config.json`` lists."""
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+    except OSError:  # it has none
+        config = GenerationConfig()
+    listed = config.eos_token_id or []
+    if isinstance(listed, int):  # copied from the architecture's configuration it may be that one's default, an ordinary token
+        listed = [] if config._from_model_config else [listed]
+    own = eos_id(tokenizer)
+    return own, *(token for token in dict.fromkeys(listed) if token != own and token < len(tokenizer))

@@ -8,14 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from raykd import commands
 from raykd.evaluation.diversity import distinct_n
+from raykd.evaluation.evaluate import Evaluation, answer
 from raykd.evaluation.generate import Decoding, in_own_process, write
+from raykd.evaluation.question_sets import ask_all
 from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
 from raykd.evaluation.rouge import rouge_l
-from raykd.evaluation.suites import ALPACA
+from raykd.evaluation.suites import ALPACA, Suite
+from raykd.experiment import EngineConfig
 from raykd.records import Prompt
 from raykd.rollout.config import EngineSettings
 
@@ -175,9 +178,30 @@ def test_no_run_of_tokens_comes_twice_where_that_is_asked_and_seeds_repeat_their
     asked = [(Prompt(id=str(row), tokens=tokens), 40 + 20 * row) for row, tokens in enumerate(prompts)]
     engine = EngineSettings(dtype="float32", max_length=100, vocab_size=512, cpu_cache_gib=0.1)
     blocked = Decoding(seeds=(10, 20, 10), no_repeat_ngram_size=2)
-    one, other, again = in_own_process(write, stories, engine, blocked, 2, asked)
+    one, other, again = in_own_process(write, stories, engine, blocked, (2,), asked)
     assert [r.tokens for r in one] == [r.tokens for r in again] != [r.tokens for r in other]
     for rollout, (prompt, limit) in zip([*one, *other], asked * 2, strict=True):
         assert distinct_n([rollout.prompt_tokens + rollout.tokens], n=2) == 100
         assert rollout.prompt_tokens == prompt.tokens and len(rollout.tokens) <= limit
         assert rollout.finished is (rollout.tokens[-1] == 2)
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("ngram", [0, 6], ids=["vllm", "transformers"])
+def test_an_answer_ends_at_any_eos_that_the_model_lists(data: Path, tmp_path: Path, ngram: int):
+    run, ends = untrained(data, tmp_path / "run"), {2, *range(400, 440)}
+    GenerationConfig(eos_token_id=sorted(ends)).save_pretrained(tmp_path / "run" / "student")
+    (tmp_path / "own.jsonl").write_text(json.dumps({"instruction": "a cat", "input": "", "output": "a"}) + "\n")
+    suite = Suite(name="own", data=ALPACA.model_copy(update={"path": str(tmp_path / "own.jsonl")}), max_tokens=12)
+    evaluation = Evaluation(
+        models=(run,),
+        suites=(suite,),
+        decoding=Decoding(seeds=tuple(range(24)), no_repeat_ngram_size=ngram),
+        engine=EngineConfig(dtype="float32", cpu_cache_gib=0.1),
+    )
+    question_sets, _ = ask_all([run], [suite], None)
+    rollouts = [rollout for (rollout,) in answer(evaluation, question_sets[run]).rollouts["own"]]
+    assert len({rollout.tokens[-1] for rollout in rollouts if rollout.finished}) > 2
+    for rollout in rollouts:
+        assert not ends & {*rollout.tokens[:-1]} and rollout.finished == (rollout.tokens[-1] in ends)
+        assert rollout.finished or len(rollout.tokens) == 12

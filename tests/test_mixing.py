@@ -197,13 +197,18 @@ def test_shares_zero_and_one_are_the_student_and_the_teacher_alone():
         assert mixed.tokens == wait(writer.complete(PROMPT, 30, derive_seed(4, 0))).tokens
 
 
-def test_a_response_ends_at_eos_whoever_writes_it_and_a_cut_one_is_unfinished():
+@pytest.mark.parametrize("ends", [{TINY_EOS}, {TINY_EOS, 4}])
+def test_a_response_ends_at_any_eos_whoever_writes_it_and_a_cut_one_is_unfinished(ends, monkeypatch):
+    student, teacher = worker(folder("tiny-q")), worker(folder("tiny-p")).engine
+    for engine in (student.engine, teacher):
+        monkeypatch.setattr(engine, "_eos_token_ids", [*ends])
     for share in (0.0, 0.5, 1.0):
-        rollouts = wait(worker(folder("tiny-q")).generate(requests(100), share, 12, worker(folder("tiny-p")).engine))
-        assert {rollout.finished for rollout in rollouts} == {True, False}
+        rollouts = wait(student.generate(requests(100), share, 12, teacher))
+        assert {rollout.tokens[-1] for rollout in rollouts if rollout.finished} == ends
+        assert any(not rollout.finished for rollout in rollouts)
         for rollout in rollouts:
-            assert TINY_EOS not in rollout.tokens[:-1]
-            assert rollout.finished == (rollout.tokens[-1] == TINY_EOS)
+            assert not ends & {*rollout.tokens[:-1]}
+            assert rollout.finished == (rollout.tokens[-1] in ends) and len(rollout.tokens) == len(rollout.student_logprobs)
             assert rollout.finished or len(rollout.tokens) == 12
 
 

@@ -3,8 +3,14 @@
 from pathlib import Path
 
 import pytest
+from example_text import text_tokenizer
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
-from raykd.pretrained import locate
+from raykd.algorithms import GKD
+from raykd.experiment import Experiment, Model, Stage
+from raykd.models import model_facts
+from raykd.pretrained import eos_ids, locate
+from raykd.prompts import Pairs
 
 
 def test_a_folder_a_run_directory_and_a_name_on_the_hub_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -19,3 +25,28 @@ def test_a_folder_a_run_directory_and_a_name_on_the_hub_are_told_apart(tmp_path:
     assert locate("student.path", "owner/name") == "owner/name"
     with pytest.raises(ValueError, match=r"student.path ./no/such: no such folder; give a Hugging Face model folder, a run dir"):
         locate("student.path", "./no/such")
+
+
+def test_a_response_ends_at_the_tokenizers_eos_and_at_those_that_the_model_lists(tmp_path: Path) -> None:
+    tokenizer = text_tokenizer()
+    own = tokenizer.eos_token_id
+    assert isinstance(own, int) and eos_ids(str(tmp_path), tokenizer) == (own,), "no generation_config.json"
+    for listed, others in (([7, own, 5, 7], (7, 5)), (own, ()), (7, (7,)), ([5, len(tokenizer)], (5,)), (None, ())):
+        GenerationConfig(eos_token_id=listed).save_pretrained(tmp_path)
+        assert eos_ids(str(tmp_path), tokenizer) == (own, *others)
+        student = Model(path=str(tmp_path))
+        run = Experiment(
+            name="x", student=student, teacher=student, data=Pairs(path="x"), stages=(Stage(algorithm=GKD(), steps=1),)
+        )
+        assert model_facts(run, tokenizer, tmp_path).eos_ids == (own, *others)
+
+
+def test_an_eos_copied_from_the_architectures_default_is_no_wish(tmp_path: Path) -> None:
+    tokenizer = text_tokenizer()
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=7, **sizes))
+    model.save_pretrained(tmp_path)
+    assert eos_ids(str(tmp_path), tokenizer) == (tokenizer.eos_token_id,)
+    model.generation_config.eos_token_id = [7, 5]
+    model.save_pretrained(tmp_path)
+    assert eos_ids(str(tmp_path), tokenizer) == (tokenizer.eos_token_id, 7, 5), "nobody's default is a list"

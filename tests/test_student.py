@@ -117,7 +117,9 @@ def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_student_whose_checkpoint_forgot_that_it_samples_can_be_saved(tmp_path: Path) -> None:
     folder = saved_model(tmp_path / "given", "llama", ARCHITECTURES["llama"])
-    (tmp_path / "given" / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6}))
+    (tmp_path / "given" / "generation_config.json").write_text(
+        json.dumps({"temperature": 0.9, "top_p": 0.6, "eos_token_id": [2, 5]})
+    )
     make_student(folder).model.save_pretrained(tmp_path / "saved")
     saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
-    assert (saved["temperature"], saved["top_p"], saved["do_sample"]) == (0.9, 0.6, True)
+    assert (saved["temperature"], saved["top_p"], saved["do_sample"], saved["eos_token_id"]) == (0.9, 0.6, True, [2, 5])

@@ -12,7 +12,7 @@ from raykd.evaluation.measures import on_answers
 from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
 from raykd.evaluation.suites import Question
 from raykd.experiment import TeacherConfig
-from raykd.prompts import eos_id
+from raykd.pretrained import eos_ids
 from raykd.records import Rollout
 from raykd.report.folders import EVALUATION
 from raykd.rollout.config import EngineSettings
@@ -58,7 +58,7 @@ def answers(pair: str, model: str, teacher: str) -> list[list[Rollout]]:
     setting, tokenizer = PAIRS[pair].setting(), tokenizer_of(teacher)
     engine = EngineSettings(dtype="float32", max_length=setting.max_length, vocab_size=len(tokenizer))
     asked = [(question.prompt, setting.max_response) for question in questions(pair, teacher)]
-    return write_with_transformers(model, engine, PAIRS[pair].decoding, eos_id(tokenizer), asked)
+    return write_with_transformers(model, engine, PAIRS[pair].decoding, eos_ids(model, tokenizer), asked)
 
 
 def decoded(seeds: list[list[Rollout]], tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:

@@ -21,7 +21,6 @@ from raykd.evaluation.question_sets import QuestionSet, ask_all, check_pair
 from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
 from raykd.evaluation.suites import LabelSuite, Question, Suite
 from raykd.experiment import EngineConfig, TeacherConfig
-from raykd.prompts import eos_id
 from raykd.records import Rollout
 from raykd.rollout.config import EngineSettings
 from raykd.tracking import say
@@ -110,7 +109,7 @@ def answer(evaluation: Evaluation, question_set: QuestionSet) -> Answers:
         vocab_size=len(question_set.tokenizer),
         **evaluation.engine.model_dump(),
     )
-    seeds = in_own_process(write, question_set.folder, engine, evaluation.decoding, eos_id(question_set.tokenizer), asked)
+    seeds = in_own_process(write, question_set.folder, engine, evaluation.decoding, question_set.eos_ids, asked)
     rollouts, start = {}, 0
     for suite in evaluation.free:
         stop = start + len(question_set.free[suite.name])

@@ -42,20 +42,20 @@ def in_own_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) 
 
 
 def write(
-    model: str, engine: EngineSettings, decoding: Decoding, eos_id: int, asked: Sequence[tuple[Prompt, int]]
+    model: str, engine: EngineSettings, decoding: Decoding, eos_ids: Sequence[int], asked: Sequence[tuple[Prompt, int]]
 ) -> list[list[Rollout]]:
     """For each seed the answer to every prompt, of at most so many tokens. An answer depends on seed and prompt alone."""
     written = write_with_transformers if decoding.no_repeat_ngram_size else write_with_vllm
-    return written(model, engine, decoding, eos_id, asked)
+    return written(model, engine, decoding, eos_ids, asked)
 
 
 def write_with_vllm(
-    model: str, engine: EngineSettings, decoding: Decoding, eos_id: int, asked: Sequence[tuple[Prompt, int]]
+    model: str, engine: EngineSettings, decoding: Decoding, eos_ids: Sequence[int], asked: Sequence[tuple[Prompt, int]]
 ) -> list[list[Rollout]]:
     """All seeds in one continuous batch."""
     from raykd.rollout.worker import RolloutWorker
 
-    worker = RolloutWorker(model, engine, (eos_id,))
+    worker = RolloutWorker(model, engine, eos_ids)
 
     async def answer(prompt: Prompt, max_tokens: int, seed: int) -> Rollout:
         request = GenerationRequest(prompt_id=prompt.id, sample=0, prompt_tokens=prompt.tokens, salt=seed)
@@ -73,7 +73,7 @@ def write_with_vllm(
 
 
 def write_with_transformers(
-    model: str, engine: EngineSettings, decoding: Decoding, eos_id: int, asked: Sequence[tuple[Prompt, int]]
+    model: str, engine: EngineSettings, decoding: Decoding, eos_ids: Sequence[int], asked: Sequence[tuple[Prompt, int]]
 ) -> list[list[Rollout]]:
     """As the papers' public code does: one generator for all rows, a batch is over when its last answer is."""
     import torch
@@ -87,8 +87,8 @@ def write_with_transformers(
         "top_k": 0,
         "no_repeat_ngram_size": decoding.no_repeat_ngram_size,
         "suppress_tokens": padding_rows or None,
-        "eos_token_id": eos_id,
-        "pad_token_id": eos_id,
+        "eos_token_id": list(eos_ids),
+        "pad_token_id": eos_ids[0],
     }
     by_length = sorted(range(len(asked)), key=lambda index: len(asked[index][0].tokens))
     written = []
@@ -97,25 +97,27 @@ def write_with_transformers(
         answers: dict[int, Rollout] = {}
         for start in range(0, len(by_length), BATCH):
             batch = by_length[start : start + BATCH]
-            answers |= zip(batch, _write_batch(writer, rules, eos_id, [asked[index] for index in batch]), strict=True)
+            answers |= zip(batch, _write_batch(writer, rules, eos_ids, [asked[index] for index in batch]), strict=True)
         written.append([answers[index] for index in range(len(asked))])
     return written
 
 
-def _write_batch(writer: Any, rules: dict[str, Any], eos_id: int, batch: Sequence[tuple[Prompt, int]]) -> list[Rollout]:
+def _write_batch(
+    writer: Any, rules: dict[str, Any], eos_ids: Sequence[int], batch: Sequence[tuple[Prompt, int]]
+) -> list[Rollout]:
     import torch
     from transformers import GenerationConfig
 
     width = max(len(prompt.tokens) for prompt, _ in batch)
     pads = [width - len(prompt.tokens) for prompt, _ in batch]
-    ids = [[eos_id] * pad + [*prompt.tokens] for pad, (prompt, _) in zip(pads, batch, strict=True)]
+    ids = [[eos_ids[0]] * pad + [*prompt.tokens] for pad, (prompt, _) in zip(pads, batch, strict=True)]
     mask = [[0] * pad + [1] * (width - pad) for pad in pads]
     # The model's own replaces whatever is left unset, so it is this one.
     writer.generation_config = GenerationConfig(max_new_tokens=max(limit for _, limit in batch), **rules)
     with torch.inference_mode():
         tokens = writer.generate(torch.tensor(ids, device=writer.device), attention_mask=torch.tensor(mask, device=writer.device))
     answers = tokens[:, width:].tolist()
-    return [_rollout(prompt, answer[:limit], eos_id) for (prompt, limit), answer in zip(batch, answers, strict=True)]
+    return [_rollout(prompt, answer[:limit], eos_ids) for (prompt, limit), answer in zip(batch, answers, strict=True)]
 
 
 def _quieten() -> None:
@@ -126,9 +128,13 @@ def _quieten() -> None:
     warnings.simplefilter("ignore", FutureWarning)
 
 
-def _rollout(prompt: Prompt, tokens: list[int], eos_id: int) -> Rollout:
-    finished = eos_id in tokens
-    kept = tuple(tokens[: tokens.index(eos_id) + 1] if finished else tokens)
+def _rollout(prompt: Prompt, tokens: list[int], eos_ids: Sequence[int]) -> Rollout:
+    end = next((place for place, token in enumerate(tokens, 1) if token in eos_ids), None)
     return Rollout(
-        prompt_id=prompt.id, sample=0, prompt_tokens=prompt.tokens, tokens=kept, source=Source.STUDENT, finished=finished
+        prompt_id=prompt.id,
+        sample=0,
+        prompt_tokens=prompt.tokens,
+        tokens=tuple(tokens[:end]),
+        source=Source.STUDENT,
+        finished=end is not None,
     )

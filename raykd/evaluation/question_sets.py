@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from raykd.evaluation.suites import LabelQuestion, LabelSuite, Question, Row, Suite, label_questions, questions
-from raykd.pretrained import load, locate
+from raykd.pretrained import eos_ids, load, locate
 from raykd.prompts import eos_id, read_rows
 from raykd.records import Rollout
 
@@ -18,6 +18,8 @@ class QuestionSet:
 
     folder: str
     tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+    """Those that end its answers."""
     free: dict[str, list[Question]]
     labelled: dict[str, list[LabelQuestion]]
 
@@ -75,8 +77,8 @@ def _question_set(
 ) -> QuestionSet:
     tokenizer = load("model", model, AutoTokenizer)
     context = getattr(load("model", model, AutoConfig), "max_position_embeddings", None) or sys.maxsize
-    eos_id(tokenizer)
-    question_set = QuestionSet(locate("model", model), tokenizer, {}, {})
+    folder = locate("model", model)
+    question_set = QuestionSet(folder, tokenizer, eos_ids(folder, tokenizer), {}, {})
     for suite in suites:
         room = context - suite.max_tokens
         if room < 1:
