@@ -66,7 +66,7 @@ class TeacherConfig(_Replicas):
     batch_tokens: Positive = 16384
     """Positions of one scoring forward pass, padding included."""
     chunk: Positive = 1024
-    """Positions whose distributions exist at the same time."""
+    """Positions whose distributions exist at the same time, bounded as ``learner.chunk``."""
     payload: Literal["auto", "hidden", "logits"] = "auto"
     """Form in which the teacher's distribution travels: its last hidden state or the logits, both exact. "auto" sends what has
     the fewest bytes, and the top k where a divergence looks at no more."""
@@ -124,7 +124,9 @@ class LearnerConfig(Value):
     micro_batch: Positive = 8
     """Sequences of one forward and backward pass on one rank."""
     chunk: Positive = 1024
-    """Positions whose distributions exist at the same time."""
+    """Positions whose distributions exist at the same time, at most: a chunk never has more than 8 million logits (on a GPU that
+    or 256 positions), which is less than the default from 8,192 ids on. Fewer where memory is short: at V = 50,257 on a CPU 64
+    take 40 MB less than its 156, and 6 % longer."""
     compiled: bool | None = None
     """What is computed over the vocabulary is compiled by torch.compile, 10 s for each algorithm; takes a C++ compiler. None: on
     GPUs."""
