@@ -122,7 +122,7 @@ class ReplayBuffer:
         self._keep([i for i, row in enumerate(self._rows) if self._is_fresh(row, version)])
 
     def _is_fresh(self, row: Row, version: int) -> bool:
-        limit = self._bounds.max_staleness
+        limit = self._bounds.max_age
         return limit is None or row.rollout.student_logprobs is None or version - row.rollout.version <= limit
 
     def _keep(self, indices: list[int]) -> None:

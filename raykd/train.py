@@ -43,7 +43,7 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
         with Phases(experiment, stage, workers, data.prompts, at) as phases:
             while at.step < stage.steps:
                 phase = phases.next()
-                if phase.rows and phase.mixture.keep:
+                if phase.rows and phase.mixture.into_replay:
                     workers.call_replay("add", phase.rows)
                 for _ in range(min(stage.steps_per_phase, stage.steps - at.step)):
                     learn(phase, stage, workers, data, tracker, at)
@@ -62,7 +62,7 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
 
 def learn(phase: Phase, stage: Stage, workers: Workers, data: Data, tracker: Tracker, at: Position) -> None:
     """One optimiser step, on a draw of the replay buffer or on the phase's responses themselves."""
-    rows = workers.call_replay("sample", stage.batch_size, workers.version) if phase.mixture.replay else phase.rows
+    rows = workers.call_replay("sample", stage.batch_size, workers.version) if phase.mixture.from_replay else phase.rows
     numbers = stage.algorithm.per_step(replace(phase.progress, step=at.step), rows)
     terms = [Term(algorithm=stage.algorithm, rows=rows, numbers=numbers), *text_terms(stage, workers, data)]
     metrics = workers.step(terms, learning_rate(stage.optimiser, at.step, stage.steps))

@@ -257,10 +257,10 @@ def test_the_mixture_is_what_the_turn_says() -> None:
     def mixture(coin: float, held: int, losses: tuple[float, ...] = LOSSES[:3]) -> Mixture:
         return algorithm.mixture(Progress(step=5, steps=10, batch_size=8, coin=coin, held=held, held_out=losses))
 
-    data_alone = Mixture(dataset=1.0, keep=False, replay=False)
+    data_alone = Mixture(dataset=1.0, into_replay=False, from_replay=False)
     assert mixture(0.0, held=16, losses=LOSSES[:2]) == mixture(0.1, held=0) == data_alone
-    assert mixture(0.07, held=8) == Mixture(student=1.0, replay=False)
-    assert mixture(0.04, held=16) == Mixture(student=1.0, replay=False)
+    assert mixture(0.07, held=8) == Mixture(student=1.0, from_replay=False)
+    assert mixture(0.04, held=16) == Mixture(student=1.0, from_replay=False)
     assert mixture(0.07, held=16) == Mixture()
     assert algorithm.writers == {Source.DATASET, Source.STUDENT}
     assert algorithm.replay == Replay(capacity=16)

@@ -30,16 +30,16 @@ def begun(stage: Stage) -> Any:
 @pytest.mark.parametrize(("max_staleness", "oldest"), [(0, 10), (1, 4), (1, 10), (2, 10)])
 def test_rows_that_grow_stale_before_they_are_learned_from_are_written_anew(max_staleness: int, oldest: int) -> None:
     """Written ever less often, from rows that are given out for so long: a phase decides ahead of the step that learns."""
-    schedule = AdaptiveSchedule(start=1.0, max_staleness=oldest)
+    schedule = AdaptiveSchedule(start=1.0, max_age=oldest)
     stage = Stage(algorithm=DistiLLM(schedule=schedule), steps=300, batch_size=8, max_staleness=max_staleness)
     num_written = 0
     with begun(stage) as (phases, workers, at):
         while at.step < stage.steps:
             phase = phases.next()
             num_written += bool(phase.rows)
-            if phase.rows and phase.mixture.keep:
+            if phase.rows and phase.mixture.into_replay:
                 workers.call_replay("add", phase.rows)
-            rows = workers.call_replay("sample", stage.batch_size, workers.version) if phase.mixture.replay else phase.rows
+            rows = workers.call_replay("sample", stage.batch_size, workers.version) if phase.mixture.from_replay else phase.rows
             assert len(rows) == stage.batch_size
             assert all(workers.version - row.rollout.version <= max(oldest, max_staleness) for row in rows)
             at.step, at.total, workers.version = at.step + 1, at.total + 1, workers.version + 1

@@ -73,8 +73,8 @@ def test_the_oldest_rows_leave_when_capacity_is_passed():
     assert sorted(names(replay.sample(5, version=0))) == ["2", "3", "4"]
 
 
-def test_rows_older_than_max_staleness_are_not_given_out_but_data_never_grows_old():
-    replay = buffer(max_staleness=2)
+def test_rows_older_than_max_age_are_not_given_out_but_data_never_grows_old():
+    replay = buffer(max_age=2)
     replay.add([row(0, version=3), row(1, version=4), row(2, version=5), row(3, version=0, source=Source.DATASET)])
     assert sorted(names(replay.sample(10, version=6))) == ["1", "2", "3"]
 
@@ -169,7 +169,7 @@ def test_shares_are_exact_but_for_one_row_over_any_batches(weights: list[int], b
 )
 def test_no_bound_is_ever_broken(phases, capacity, uses, staleness, shares):
     replay, added, counts = (
-        buffer(capacity=capacity, samples_per_insert=uses, max_staleness=staleness, shares=shares),
+        buffer(capacity=capacity, samples_per_insert=uses, max_age=staleness, shares=shares),
         0,
         Counter(),
     )
@@ -209,7 +209,7 @@ def test_a_stage_may_keep_responses_longer_than_its_algorithm():
     stage = Stage(algorithm=GKD(), steps=4, batch_size=8, replay=Replay(capacity=64, samples_per_insert=3))
     assert stage.steps_per_phase == 3 and stage.bounds.capacity == 64
     with pytest.raises(ValidationError, match=r"phase writes 8, and the last of them is used 5 steps later"):
-        Stage(algorithm=GKD(), steps=4, batch_size=8, max_staleness=1, replay=Replay(samples_per_insert=3, max_staleness=4))
+        Stage(algorithm=GKD(), steps=4, batch_size=8, max_staleness=1, replay=Replay(samples_per_insert=3, max_age=4))
     with pytest.raises(ValidationError, match=r"names teacher, which SFT has nobody write"):
         Stage(algorithm=SFT(), steps=4, replay=Replay(shares={Source.DATASET: 0.5, Source.TEACHER: 0.5}))
     with pytest.raises(ValidationError, match="sum to 1"):
@@ -237,7 +237,7 @@ def test_scores_that_memory_has_no_room_for_are_spilled_and_come_back_as_they_we
         ray.shutdown()
 
 
-@pytest.mark.parametrize("wrong", [{"capacity": 0}, {"samples_per_insert": 0}, {"max_staleness": -1}])
+@pytest.mark.parametrize("wrong", [{"capacity": 0}, {"samples_per_insert": 0}, {"max_age": -1}])
 def test_bounds_that_make_no_sense_are_refused(wrong: dict[str, int]):
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         Replay.model_validate(wrong)

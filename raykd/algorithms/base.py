@@ -83,19 +83,19 @@ class Mixture:
     """The student samples from softmax(logits / temperature); other than 1 only where it writes alone."""
     same_prompts: bool = False
     """Student and teacher answer the same prompts; else each has its own."""
-    keep: bool = True
+    into_replay: bool = True
     """The new responses enter the replay buffer."""
-    replay: bool = True
+    from_replay: bool = True
     """The phase learns from the replay buffer; else from the new responses alone."""
 
     def __post_init__(self) -> None:
         shares = (self.dataset, self.student, self.teacher)
-        if min(shares) < 0 or (abs(sum(shares) - 1) > 1e-9 and (any(shares) or not self.replay)):
+        if min(shares) < 0 or (abs(sum(shares) - 1) > 1e-9 and (any(shares) or not self.from_replay)):
             raise ValueError(
                 "mixture shares must be non-negative and sum to 1 (or all be 0 where the replay buffer is learned from), got "
                 f"dataset {self.dataset}, student {self.student}, teacher {self.teacher}"
             )
-        if not (self.keep or not self.replay):
+        if self.from_replay and not self.into_replay:
             raise ValueError("a mixture that learns from the replay buffer must keep what it writes there")
         if not 0 <= self.teacher_share <= 1:
             raise ValueError(f"teacher_share must be within [0, 1], got {self.teacher_share}")
@@ -129,7 +129,7 @@ class Replay(Value):
 
     capacity: int = Field(default=1000, ge=1)
     """Rows held over all ranks; the oldest leave first."""
-    max_staleness: int | None = Field(default=None, ge=0)
+    max_age: int | None = Field(default=None, ge=0)
     """Oldest policy version that is learned from, in optimiser steps before the current one; None: any."""
     samples_per_insert: int | None = Field(default=None, ge=1)
     """Uses of a row; None: as many as come, uniformly."""

@@ -68,7 +68,7 @@ class AdaptiveSchedule(Value):
     """Below ``capacity`` every step with u < phi generates; else only while the buffer cannot fill a batch."""
     capacity: int = Field(default=1000, ge=1)
     """Rows of the buffer, over all ranks."""
-    max_staleness: int | None = Field(default=None, ge=0)
+    max_age: int | None = Field(default=None, ge=0)
     """Oldest student whose responses are used again, in optimiser steps; None: any, as in paper and code."""
 
     @classmethod
@@ -154,7 +154,7 @@ class DistiLLM(NamedGKD):
 
     @property
     def replay(self) -> Replay | None:
-        return Replay(capacity=self.schedule.capacity, max_staleness=self.schedule.max_staleness)
+        return Replay(capacity=self.schedule.capacity, max_age=self.schedule.max_age)
 
     @property
     def text(self) -> TextTerm | None:
@@ -173,8 +173,8 @@ class DistiLLM(NamedGKD):
             progress.batch_size,
         )
         if turn.learn_from == "dataset":
-            return Mixture(dataset=1.0, keep=False, replay=False)
-        return Mixture(student=float(turn.generate), replay=turn.learn_from == "replay")
+            return Mixture(dataset=1.0, into_replay=False, from_replay=False)
+        return Mixture(student=float(turn.generate), from_replay=turn.learn_from == "replay")
 
     def per_step(self, progress: Progress, rows: Sequence[Row]) -> dict[str, float]:
         return {"student_share": self.schedule.seen(progress.held_out).student_share}

@@ -67,7 +67,7 @@ class Stage(Value):
         """Bounds of the replay buffer: the stage's, else the algorithm's, else every response is used in its own phase only."""
         for_a_phase = Replay(
             capacity=self.rows_per_phase,
-            max_staleness=self.steps_per_phase * (self.max_staleness + 1),
+            max_age=self.steps_per_phase * (self.max_staleness + 1),
             samples_per_insert=self.algorithm.inner_epochs,
         )
         return self.replay or self.algorithm.replay or for_a_phase
@@ -90,11 +90,11 @@ class Stage(Value):
         if self.replay is None:
             return self
         oldest = self.steps_per_phase * (self.max_staleness + 1) - 1
-        stays = oldest if self.replay.max_staleness is None else self.replay.max_staleness
+        stays = oldest if self.replay.max_age is None else self.replay.max_age
         if self.replay.capacity < self.rows_per_phase or stays < oldest:
             raise ValueError(
                 f"replay would lose responses before they are learned from: a phase writes {self.rows_per_phase}, and the last "
-                f"of them is used {oldest} steps later; raise replay.capacity and replay.max_staleness to that at least"
+                f"of them is used {oldest} steps later; raise replay.capacity and replay.max_age to that at least"
             )
         writers = {writer.author for writer in self.algorithm.writers}
         if unwritten := {author for author, share in (self.replay.shares or {}).items() if share} - writers:
