@@ -59,8 +59,7 @@ class Learner:
     ) -> None:
         self.config, self.rank = config, rank
         self._vocab_size, self._fetch = vocab_size, fetch
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        torch.set_num_threads(config.threads)
         self.device = connect(rank, config.ranks, address, config.deadline_s)
         self._student = Student(
             model,
@@ -77,24 +76,26 @@ class Learner:
         fuse(self._student.model)
         self._teacher_head = self._student.output.teacher_head()  # what was given may be kept in another form
         self._optimiser, self._skipped_in_a_row = Optimiser(), 0
-        self._sharded_optimiser: Any = None
+        self._engine: Any = self._start_engine()  # DeepSpeed has no usable annotations
+        self._sharded_optimiser: Any = self._engine.optimizer if zero_stage(config) else None
+        self._state = self._student.state()
         self._shelves = Shelves()
+
+    def _start_engine(self) -> Any:
+        """The student and its optimiser in DeepSpeed's hands."""
         import deepspeed
 
         if self.device.type == "cpu":  # its shared-memory collectives need a compiler, and hang between ranks on different nodes
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        self._gather = deepspeed.zero.GatheredParameters
         adam = SteadyAdamW((p for p in self._student.parameters() if p.requires_grad), self._absurd)
         with redirect_stdout(None):  # its bfloat16 optimiser prints the memory use
-            engine, *_ = deepspeed.initialize(model=self._student, optimizer=adam, config=deepspeed_config(config))
+            engine, *_ = deepspeed.initialize(model=self._student, optimizer=adam, config=deepspeed_config(self.config))
         # DeepSpeed makes a group of its own, without a deadline: NCCL's would be ten minutes.
         group: Any = deepspeed.utils.groups._get_data_parallel_group()
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=config.deadline_s), group)
-        self._engine: Any = engine  # DeepSpeed has no usable annotations
-        if config.ranks == 1 and not zero_stage(config):
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=self.config.deadline_s), group)
+        if self.config.ranks == 1 and not zero_stage(self.config):
             engine.enable_backward_allreduce = False  # the gradients of a single rank would be copied there and back
-        self._state = self._student.state()
-        self._sharded_optimiser = engine.optimizer if zero_stage(config) else None
+        return engine
 
     def begin(self, optimiser: Optimiser) -> None:
         """Start a stage: AdamW's moments are zero again and its hyper-parameters those given."""
@@ -165,7 +166,7 @@ class Learner:
         if self.rank == 0:
             sizes = [_bytes(self._state[name]) for name in self._distinct()]
             return self._shelves.publish(version, groups, sizes, held)
-        for _ in groups:
+        for _ in groups:  # gathered with the others
             pass
         return None
 
@@ -294,9 +295,11 @@ class Learner:
 
     def _gathered(self) -> Iterator[list[tuple[str, Tensor]]]:
         """Parameters and buffers in groups, whole while a group is held; tied ones once."""
+        from deepspeed.runtime.zero import GatheredParameters
+
         for group in grouped({name: _bytes(self._state[name]) for name in self._distinct()}):
             parts = [part for name in group for part in self._student.parts(name)]
-            with self._gather([part for part in parts if hasattr(part, "ds_id")]):
+            with GatheredParameters([part for part in parts if hasattr(part, "ds_id")]):
                 yield [(name, self._student.whole(name)) for name in group]
 
 

@@ -53,6 +53,7 @@ class Workers:
         self.sleepers, self._rater, self._placement = sleepers, rater, placement
         self._update: WeightUpdate | None = None
         self._loaded: Callable[[], WeightUpdate | None] = lambda: None
+        """What the replicas hold, weakly: it keeps no memory from the next version."""
         self._published: WeakSet[WeightUpdate] = WeakSet()
         """Updates that a replica may still load."""
         self._learner_version = 0
