@@ -1,6 +1,7 @@
 """A model by the name that users give it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from example_text import text_tokenizer
@@ -43,7 +44,7 @@ def test_a_response_ends_at_the_tokenizers_eos_and_at_those_that_the_model_lists
 
 def test_an_eos_copied_from_the_architectures_default_is_no_wish(tmp_path: Path) -> None:
     tokenizer = text_tokenizer()
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=len(tokenizer), eos_token_id=7, **sizes))
     model.save_pretrained(tmp_path)
     assert eos_ids(str(tmp_path), tokenizer) == (tokenizer.eos_token_id,)
