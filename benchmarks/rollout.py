@@ -1,17 +1,16 @@
 """Tokens per second of student, teacher and teacher-mixed responses on vLLM, beside a Hugging Face lockstep mixture.
 
-    python benchmarks/rollout.py [--batches 8 32 128] [--repeats 5] [--dtype bfloat16]
+    python benchmarks/rollout.py [--batches 8 32 128] [--repeats 5] [--dtype bfloat16] [--lengths uneven]
 
-Random-weight Llamas of 16M and 53M parameters over GPT-2's vocabulary of 50,257; prompts of 32 tokens, responses of 64,
-a fifth of the tokens from the teacher. Each engine has a process and one thread, as in a run, so that the two that mix have two
-cores and one alone has one. The lockstep mixture, which feeds every token to both models and samples from their mixed
-probabilities, has two threads while the engines rest; "lockstep" draws by torch.multinomial, "inverted" by inverting the
-cumulated law. Neither returns log-probs, which ours records. All take turns within each repeat, medians are reported.
+Random-weight Llamas (``llamas.py``); prompts of 32 tokens, a fifth of the tokens from the teacher. Each engine has a process and
+one thread, as in a run, so that the two that mix have two cores and one alone has one. The lockstep mixture, which feeds every
+token to both models and samples from their mixed probabilities until all responses have ended, as the papers' code does, has two
+threads while the engines rest; "lockstep" draws by torch.multinomial, "inverted" by inverting the cumulated law. Neither returns
+log-probs, which ours records. All take turns within each repeat, medians are reported.
 
-Random weights change no cost: no method but "drafted" looks at what it writes, but for EOS, which these models practically never
-write. That favours lockstep, whose batch lasts as long as its longest response. "drafted" is draft and verify (``drafted.py``)
-with drafts of 16 tokens; its speed depends on how much the models differ, so these are made to differ as a teacher and its
-student do: by a total variation of 0.30.
+Responses have 64 tokens each, which favours lockstep, or with ``--lengths uneven`` end as Dolly's answers do, at 63 on average
+and 256 at most. "drafted" is draft and verify (``drafted.py``) with drafts of 16 tokens; its speed depends on how much the models
+differ, so these are made to differ as a teacher and its student do: by a total variation of 0.30.
 """
 
 import argparse
@@ -27,21 +26,22 @@ from typing import Any
 import ray
 import torch
 from drafted import drafted_response, verify
+from llamas import EOS, SHAPES, VOCABULARY, random_llama
 from rich.console import Console
 from rich.table import Table
 from stamp import stamp
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from raykd.actors import ModelFacts, RolloutActor, TeacherActor
 from raykd.experiment import EngineConfig, RolloutConfig, TeacherConfig
 from raykd.fleet import environment
 from raykd.rollout.requests import GenerationRequest
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "student": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "teacher": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
-}
-VOCABULARY, EOS, PROMPT, RESPONSE, SHARE, DRAFT = 50_257, 50_256, 32, 64, 0.2, 16
+PROMPT, SHARE, DRAFT = 32, 0.2, 16
+LENGTHS: dict[str, tuple[int, float | None]] = {"equal": (64, None), "uneven": (256, 1 / 64)}
+"""The longest response, and how likely one ends at a token."""
+SHARPNESS = 1.4
+"""Of both models: so they differ by a total variation of 0.30."""
 RESULTS = Path(__file__).parent / "results" / "rollout.json"
 
 Prompts = Sequence[tuple[int, ...]]
@@ -50,10 +50,11 @@ Prompts = Sequence[tuple[int, ...]]
 class Teacher(TeacherActor):
     """The teacher of a run, asked for whole responses, and to verify drafts."""
 
-    async def write(self, prompts: Prompts, seed: int) -> None:
-        """A response to each prompt."""
+    async def write(self, prompts: Prompts, longest: int, seed: int) -> int:
+        """A response to each prompt; returns the number of their tokens, as all the following."""
         assert self._engine is not None
-        await asyncio.gather(*(self._engine.complete(p, RESPONSE, seed + i) for i, p in enumerate(prompts)))
+        written = await asyncio.gather(*(self._engine.complete(p, longest, seed + i) for i, p in enumerate(prompts)))
+        return sum(len(completion.tokens) for completion in written)
 
     async def verify(self, text: Sequence[int], places: Sequence[int], session: str) -> list[float]:
         """Log-probs of some tokens of a text."""
@@ -64,14 +65,16 @@ class Teacher(TeacherActor):
 class Student(RolloutActor):
     """The student of a run, asked to write drafts."""
 
-    async def draft(self, prompts: Prompts, seed: int, teacher: Any) -> None:
+    async def draft(self, prompts: Prompts, longest: int, seed: int, teacher: Any) -> int:
         """A response to each prompt, verified by the teacher."""
         engine, verifier = self._worker.engine, Verifier(teacher)
         seeds = range(seed, seed + len(prompts))
-        responses = (
-            drafted_response(p, engine, verifier, SHARE, RESPONSE, s, DRAFT) for p, s in zip(prompts, seeds, strict=True)
-        )
-        await asyncio.gather(*responses)
+        responses = (drafted_response(p, engine, verifier, SHARE, longest, s, DRAFT) for p, s in zip(prompts, seeds, strict=True))
+        return sum(len(completion.tokens) for completion in await asyncio.gather(*responses))
+
+    async def mix(self, requests: Sequence[GenerationRequest], share: float, longest: int, teacher: Any) -> int:
+        """A response to each request, as in a run."""
+        return sum(len(rollout.tokens) for rollout in await self.generate(requests, share, longest, [teacher]))
 
 
 class Verifier:
@@ -99,10 +102,11 @@ class Lockstep:
         self._models: list[Any] = [AutoModelForCausalLM.from_pretrained(path, dtype=dtype) for path in (student, teacher)]
 
     @torch.inference_mode()
-    def write(self, prompts: Prompts, draw: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def write(self, prompts: Prompts, longest: int, draw: Callable[[torch.Tensor], torch.Tensor]) -> int:
         """A response to each prompt."""
         tokens, caches = torch.tensor(prompts), [None, None]
-        for _ in range(RESPONSE):
+        going, written = torch.ones(len(prompts), dtype=torch.bool), 0
+        for _ in range(longest):
             steps = [
                 model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 for model, cache in zip(self._models, caches, strict=True)
@@ -110,6 +114,11 @@ class Lockstep:
             caches = [step.past_key_values for step in steps]
             q, p = (step.logits[:, -1].float().softmax(-1) for step in steps)
             tokens = draw(SHARE * p + (1 - SHARE) * q)
+            written += int(going.sum())
+            going &= tokens[:, 0] != EOS
+            if not going.any():
+                break
+        return written
 
 
 def by_multinomial(law: torch.Tensor) -> torch.Tensor:
@@ -123,26 +132,17 @@ def by_inversion(law: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(up_to, torch.rand(len(law), 1) * up_to[:, -1:]).clamp(max=law.shape[-1] - 1)
 
 
-def build(name: str, folder: Path) -> str:
-    """A random model on disk."""
-    torch.manual_seed(len(name) + SHAPES[name]["hidden_size"])
-    shape = SHAPES[name]
-    config = LlamaConfig(**shape, vocab_size=VOCABULARY, tie_word_embeddings=True, bos_token_id=EOS, eos_token_id=EOS)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        model.model.norm.weight.mul_(1.4)  # how far its distributions are from flat, and from the other model's
-    model.save_pretrained(folder / name)
-    return str(folder / name)
-
-
-def start(folder: Path, dtype: str) -> tuple[Any, Any, Any]:
+def start(folder: Path, dtype: str, lengths: str) -> tuple[Any, Any, Any]:
     """Student, teacher and lockstep mixture, each in a process of its own."""
+    longest, ending = LENGTHS[lengths]
+    for seed, name in enumerate(SHAPES):
+        random_llama(name, seed, SHARPNESS, ending).save_pretrained(folder / name)
     facts = ModelFacts(
-        student=build("student", folder),
-        teacher=build("teacher", folder),
+        student=str(folder / "student"),
+        teacher=str(folder / "teacher"),
         vocab_size=VOCABULARY,
         eos_ids=(EOS,),
-        max_length=PROMPT + RESPONSE + 1,
+        max_length=PROMPT + longest + 1,
         seed=0,
     )
     engine = EngineConfig(dtype=dtype)
@@ -158,7 +158,7 @@ def start(folder: Path, dtype: str) -> tuple[Any, Any, Any]:
     return student, teacher, lockstep
 
 
-def measure(actors: tuple[Any, Any, Any], batch: int, repeats: int) -> dict[str, float]:
+def measure(actors: tuple[Any, Any, Any], batch: int, longest: int, repeats: int) -> dict[str, float]:
     """Tokens per second of each way to write ``batch`` responses."""
     student, teacher, lockstep = actors
     generator = torch.Generator().manual_seed(batch)
@@ -166,23 +166,23 @@ def measure(actors: tuple[Any, Any, Any], batch: int, repeats: int) -> dict[str,
 
     def generate(share: float, repeat: int) -> Any:
         requests = [GenerationRequest(prompt_id=str(i), sample=0, prompt_tokens=p, salt=repeat) for i, p in enumerate(prompts)]
-        return student.generate.remote(requests, share, RESPONSE, [teacher])
+        return student.mix.remote(requests, share, longest, teacher)
 
     ways: dict[str, Callable[[int], Any]] = {
         "student": lambda repeat: generate(0.0, repeat),
-        "teacher": lambda repeat: teacher.write.remote(prompts, repeat * batch),
+        "teacher": lambda repeat: teacher.write.remote(prompts, longest, repeat * batch),
         "mixed": lambda repeat: generate(SHARE, repeat),
-        "drafted": lambda repeat: student.draft.remote(prompts, repeat * batch, teacher),
-        "lockstep": lambda repeat: lockstep.write.remote(prompts, by_multinomial),
-        "inverted": lambda repeat: lockstep.write.remote(prompts, by_inversion),
+        "drafted": lambda repeat: student.draft.remote(prompts, longest, repeat * batch, teacher),
+        "lockstep": lambda repeat: lockstep.write.remote(prompts, longest, by_multinomial),
+        "inverted": lambda repeat: lockstep.write.remote(prompts, longest, by_inversion),
     }
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for repeat in range(repeats + 1):
         for way, begin in ways.items():
             started = time.perf_counter()
-            ray.get(begin(repeat))
+            tokens = ray.get(begin(repeat))
             if repeat:  # the first of each size is slow
-                rates[way].append(batch * RESPONSE / (time.perf_counter() - started))
+                rates[way].append(tokens / (time.perf_counter() - started))
     return {way: statistics.median(values) for way, values in rates.items()}
 
 
@@ -192,21 +192,22 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--lengths", default="equal", choices=list(LENGTHS))
     options = parser.parse_args()
     if min(*options.batches, options.repeats) < 1:
         parser.error("batches and repeats must be at least 1")
     RESULTS.parent.mkdir(exist_ok=True)
     ray.init("local", include_dashboard=False, log_to_driver=False)
-    actors = start(Path(tempfile.mkdtemp(prefix="raykd-rollout-")), options.dtype)
+    actors = start(Path(tempfile.mkdtemp(prefix="raykd-rollout-")), options.dtype, options.lengths)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     ratios = ("teacher", "lockstep", "inverted")
     table = Table(
         "batch", "student", "teacher", "mixed", "drafted", "lockstep", "inverted", *(f"mixed / {way}" for way in ratios)
     )
     for batch in options.batches:
-        rates = measure(actors, batch, options.repeats)
+        rates = measure(actors, batch, LENGTHS[options.lengths][0], options.repeats)
         row = {"measured": stamp(), "repeats": options.repeats, "tokens_per_second": rates}
-        results[f"{options.dtype} {batch}"] = row
+        results[f"{options.dtype} {batch} {options.lengths}"] = row
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
         times = (f"{rates['mixed'] / rates[other]:.2f}x" for other in ratios)
         table.add_row(str(batch), *(f"{rate:,.0f}" for rate in rates.values()), *times)

@@ -3,7 +3,7 @@
     python benchmarks/scoring.py
 
 float32, two threads, one process; every batch has new prompts, and medians leave the first two out. The 53M teacher of
-``vs_trl.py`` (random weights, prompts of 128 tokens, 128 to score) and stories260K from the folder RAYKD_DATA (default
+``llamas.py`` (prompts of 128 tokens, 128 to score) and stories260K from the folder RAYKD_DATA (default
 ../shared; prompts of 64 tokens, 128 to score); "x 4" is four responses a prompt.
 """
 
@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from llamas import VOCABULARY, random_llama
 from rich.console import Console
 from rich.table import Table
 from stamp import stamp
-from transformers import LlamaConfig, LlamaForCausalLM
-from vs_trl import SHAPES
 
 from raykd.experiment import EngineConfig, TeacherConfig
 from raykd.records import Rollout, Source
@@ -30,8 +29,8 @@ from raykd.teacher import Teacher
 THREADS, RESPONSE = 2, 128
 STORIES = Path(os.environ.get("RAYKD_DATA", "../shared")) / "models/stories260K"
 CASES: dict[str, dict[str, Any]] = {
-    "53M": {"vocab": 50_257, "prompt": 128, "prompts": 8, "samples": 1},
-    "53M x 4": {"vocab": 50_257, "prompt": 128, "prompts": 8, "samples": 4},
+    "53M": {"vocab": VOCABULARY, "prompt": 128, "prompts": 8, "samples": 1},
+    "53M x 4": {"vocab": VOCABULARY, "prompt": 128, "prompts": 8, "samples": 4},
     "stories260K": {"vocab": 512, "prompt": 64, "prompts": 64, "samples": 1},
     "stories260K x 4": {"vocab": 512, "prompt": 64, "prompts": 16, "samples": 4},
 }
@@ -74,7 +73,7 @@ def main() -> None:
     table = Table("batch", "tokens scored", "transformers, s", "vLLM, s", "transformers / vLLM")
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        LlamaForCausalLM(LlamaConfig(**SHAPES["teacher"], vocab_size=50_257, tie_word_embeddings=True)).save_pretrained(folder)
+        random_llama("teacher", seed=0, sharpness=1.0).save_pretrained(folder)
         for name, case in CASES.items():
             found[name] = seconds(str(STORIES) if "stories" in name else folder, case)
             values = found[name]["transformers"], found[name]["vllm"]

@@ -1,16 +1,17 @@
 """On-policy distillation beside TRL's DistillationTrainer and GKDTrainer: seconds and memory of a step, phase by phase.
 
-    python benchmarks/vs_trl.py [--dtype bfloat16] [check floor raykd compiled overlap distillation distillation_vllm gkd ...]
+    python benchmarks/vs_trl.py [--dtype bfloat16] [--lengths uneven] [CONTENDER ...]
 
-Student 16M, teacher 53M (random-weight Llamas), GPT-2's tokenizer and vocabulary of 50,257, two threads; 8 prompts of 32 tokens,
-128 new tokens each, reverse KL, AdamW. The prompts are of one length, so that nobody computes padding. Checkpoints are float32 or
-bfloat16; then TRL runs with its default ``bf16=True`` and steps bfloat16 weights, ours keeps float32 master weights. Every
-contender is a process of its own, given the same models and prompts; ours is ``run(Experiment)`` with its actors, "compiled" the
-same with ``learner.compiled``, "overlap" also with ``max_staleness`` 1 and one thread for the learner and for the engine that
-writes. "distillation" writes with transformers, TRL's default, "distillation_vllm" with vLLM in its own process
-(``use_vllm=True, vllm_mode="colocate"``). All have the settings of the C library that our actors have. Medians of the steps after
-the first three. Memory is the high-water mark of resident memory of the process that learns; for ours also the sum over driver
-and actors, each with its own copy of the libraries (0.5 to 0.9 GB), shared pages counted in each; Ray's own processes are not.
+Random-weight Llamas (``llamas.py``) with GPT-2's tokenizer, two threads; 8 prompts of 32 tokens, reverse KL, AdamW. Responses
+have 128 tokens each, so that nobody computes padding, or with ``--lengths uneven`` end as Dolly's answers do, at 63 on average
+and 256 at most. Checkpoints are float32 or bfloat16; then TRL runs with its default ``bf16=True`` and steps bfloat16 weights,
+ours keeps float32 master weights. Every contender is a process of its own, given the same models and prompts; ours is
+``run(Experiment)`` with its actors, "compiled" the same with ``learner.compiled``, "overlap" also with ``max_staleness`` 1 and
+one thread for the learner and for the engine that writes. "distillation" writes with transformers, TRL's default,
+"distillation_vllm" with vLLM in its own process (``use_vllm=True, vllm_mode="colocate"``). All have the settings of the C library
+that our actors have. Seconds are medians of the steps after the first three, or their mean where lengths are uneven. Memory is
+the high-water mark of resident memory of the process that learns; for ours also the sum over driver and actors, each with its own
+copy of the libraries (0.5 to 0.9 GB), shared pages counted in each; Ray's own processes are not.
 
 "check": all three give the same loss and gradient on the same samples of unequal length; in bfloat16 they are compared with what
 ours computes from the same weights in float32. "floor": the matrix products of a step, each once, as if they ran at the rate of
@@ -30,6 +31,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -37,23 +39,22 @@ from typing import Any
 
 import psutil
 import torch
+from llamas import SHAPES, VOCABULARY, random_llama
 from rich.console import Console
 from rich.table import Table
 from stamp import stamp
-from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 from trl_trainers import Clock, distillation_trainer, gkd_trainer
 
 from raykd.fleet import HEAP
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "student": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4},
-    "teacher": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
-}
 DATA = Path(os.environ.get("RAYKD_DATA", "../shared"))
 TOKENIZER = DATA / "models/gpt2-tokenizer"
 STORIES = DATA / "data/corpus_tinystories/tinystories_cased.jsonl.gz"
-BATCH, PROMPT, RESPONSE, THREADS = 8, 32, 128, 2
-STEPS = {"raykd": 13, "distillation": 8, "gkd": 8}
+BATCH, PROMPT, THREADS = 8, 32, 2
+LENGTHS: dict[str, tuple[int, float | None]] = {"equal": (128, None), "uneven": (256, 1 / 64)}
+"""The longest response, and how likely one ends at a token."""
+STEPS = {"equal": {"raykd": 13, "trl": 8}, "uneven": {"raykd": 33, "trl": 19}}
 WARM_UP = 3
 VLLM_ALONE = {
     "RANK": "0",
@@ -67,7 +68,6 @@ VLLM_ALONE = {
 }
 """What TRL's trainer wants for a vLLM in its own process, and as ours has it: not bound to cores."""
 RATE = 1e-5
-TRL: dict[str, Any] = {"batch": BATCH, "rate": RATE, "max_new_tokens": RESPONSE}
 RESULTS = Path(__file__).parent / "results" / "vs_trl.json"
 
 
@@ -75,34 +75,51 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
 """Relative, of loss and gradient norm."""
 
 
-def prepare(folder: Path, dtype: str = "float32") -> None:
-    """Both models and the prompts. The final norms are scaled so that the distributions are not flat."""
-    from raykd.prompts import Documents, read_rows, tokenise_documents
+@dataclass(frozen=True)
+class Task:
+    """What every contender is given: models and prompts in a folder, and how long responses are."""
 
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
-    for seed, (name, shape) in enumerate(SHAPES.items()):
-        torch.manual_seed(seed)
-        eos = tokenizer.eos_token_id
-        config = LlamaConfig(**shape, vocab_size=len(tokenizer), tie_word_embeddings=True, bos_token_id=eos, eos_token_id=eos)
-        model = LlamaForCausalLM(config)
-        with torch.no_grad():
-            model.model.norm.weight.mul_(8)
-        model.to(getattr(torch, dtype)).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    source = Documents(path=str(STORIES), prompt_tokens=PROMPT, limit=1000)
-    prompts = tokenise_documents(read_rows(source), source, tokenizer, max_response=1)
-    texts = (tokenizer.decode(prompt.tokens) for prompt in prompts)
-    same = [text for text in texts if len(tokenizer(text).input_ids) == PROMPT]
-    with (folder / "prompts.jsonl").open("w") as file:
-        file.writelines(json.dumps({"prompt": text}) + "\n" for text in same[: BATCH * max(STEPS.values())])
+    folder: Path
+    dtype: Any
+    lengths: str
+
+    @property
+    def longest(self) -> int:
+        """The longest response, tokens."""
+        return LENGTHS[self.lengths][0]
+
+    def drawn(self, steps: int) -> torch.Tensor:
+        """Lengths of the responses of so many steps, ``[steps, BATCH]``."""
+        ending = LENGTHS[self.lengths][1]
+        law = torch.full((steps, BATCH), float(self.longest))
+        if ending is not None:
+            law.geometric_(ending, generator=torch.Generator().manual_seed(0))
+        return law.clamp(max=self.longest).int()
+
+    def trl(self) -> dict[str, Any]:
+        """Arguments of TRL's trainers."""
+        return {"batch": BATCH, "rate": RATE, "max_new_tokens": self.longest, "steps": STEPS[self.lengths]["trl"]}
+
+    def prepare(self) -> None:
+        """Both models and the prompts. The logits are scaled so that the distributions are not flat."""
+        from raykd.prompts import Documents, read_rows, tokenise_documents
+
+        tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+        for seed, name in enumerate(SHAPES):
+            model = random_llama(name, seed, sharpness=8.0, ending=LENGTHS[self.lengths][1])
+            model.to(getattr(torch, self.dtype)).save_pretrained(self.folder / name)
+            tokenizer.save_pretrained(self.folder / name)
+        source = Documents(path=str(STORIES), prompt_tokens=PROMPT, limit=4000)
+        prompts = tokenise_documents(read_rows(source), source, tokenizer, max_response=1)
+        texts = (tokenizer.decode(prompt.tokens) for prompt in prompts)
+        same = [text for text in texts if len(tokenizer(text).input_ids) == PROMPT]
+        needed = BATCH * max(STEPS[self.lengths].values())
+        assert len(same) >= needed, f"{len(same)} prompts of {PROMPT} tokens, {needed} are needed"
+        with (self.folder / "prompts.jsonl").open("w") as file:
+            file.writelines(json.dumps({"prompt": text}) + "\n" for text in same[:needed])
 
 
-def dtype_of(folder: Path) -> str:
-    """The models' own."""
-    return str(AutoConfig.from_pretrained(folder / "student").dtype).removeprefix("torch.")
-
-
-def raykd(folder: Path, max_staleness: int = 0, threads: int = THREADS, compiled: bool = False) -> dict[str, Any]:
+def raykd(task: Task, max_staleness: int = 0, threads: int = THREADS, compiled: bool = False) -> dict[str, Any]:
     """The product's own run. ``threads``: of the learner and of the engine that writes."""
     from raykd.algorithms import GKD
     from raykd.algorithms.token_divergences import ReverseKL
@@ -121,29 +138,28 @@ def raykd(folder: Path, max_staleness: int = 0, threads: int = THREADS, compiled
     from raykd.prompts import Pairs
     from raykd.run import run
 
-    dtype: Any = dtype_of(folder)
-    engine = EngineConfig(dtype=dtype, threads=threads)
+    engine = EngineConfig(dtype=task.dtype, threads=threads)
     stage = Stage(
         algorithm=GKD(divergence=ReverseKL()),
-        steps=STEPS["raykd"],
+        steps=STEPS[task.lengths]["raykd"],
         batch_size=BATCH,
         max_staleness=max_staleness,
         optimiser=Optimiser(learning_rate=RATE),
     )
     experiment = Experiment(
         name="vs-trl",
-        student=Model(path=str(folder / "student")),
-        teacher=Model(path=str(folder / "teacher")),
-        data=Pairs(path=str(folder / "prompts.jsonl"), response=None),
+        student=Model(path=str(task.folder / "student")),
+        teacher=Model(path=str(task.folder / "teacher")),
+        data=Pairs(path=str(task.folder / "prompts.jsonl"), response=None),
         stages=(stage,),
         max_prompt=PROMPT,
-        max_response=RESPONSE,
+        max_response=task.longest,
         rollout=RolloutConfig(engine=engine),
-        teachers=TeacherConfig(dtype=dtype, engine=engine, threads=THREADS),
-        learner=LearnerConfig(dtype=dtype, threads=threads, compiled=compiled),
+        teachers=TeacherConfig(dtype=task.dtype, engine=engine, threads=THREADS),
+        learner=LearnerConfig(dtype=task.dtype, threads=threads, compiled=compiled),
         evaluation=EvaluationConfig(prompts=0),
         tracking=TrackingConfig(wandb=False),
-        runs=folder / "runs",
+        runs=task.folder / "runs",
     )
     result = run(experiment)
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
@@ -155,58 +171,67 @@ def raykd(folder: Path, max_staleness: int = 0, threads: int = THREADS, compiled
     }
 
 
-def compiled(folder: Path) -> dict[str, Any]:
+def compiled(task: Task) -> dict[str, Any]:
     """``learner.compiled``."""
-    return raykd(folder, compiled=True)
+    return raykd(task, compiled=True)
 
 
-def overlap(folder: Path) -> dict[str, Any]:
+def overlap(task: Task) -> dict[str, Any]:
     """The next responses are written while the learner learns, each by a thread; the teacher, whose work comes in bursts, has
     two. Compiled, too."""
-    return raykd(folder, max_staleness=1, threads=1, compiled=True)
+    return raykd(task, max_staleness=1, threads=1, compiled=True)
 
 
-def distillation(folder: Path) -> dict[str, Any]:
+def distillation(task: Task) -> dict[str, Any]:
     """TRL's DistillationTrainer."""
     clock = Clock(WARM_UP)
-    distillation_trainer(folder, clock, STEPS["distillation"], **TRL).train()
+    distillation_trainer(task.folder, clock, **task.trl()).train()
     return clock.result()
 
 
-def distillation_vllm(folder: Path) -> dict[str, Any]:
+def distillation_vllm(task: Task) -> dict[str, Any]:
     """TRL's DistillationTrainer, whose responses vLLM writes."""
     os.environ.update(VLLM_ALONE)
     clock = Clock(WARM_UP)
-    distillation_trainer(folder, clock, STEPS["distillation"], **TRL, by_vllm=True).train()
+    distillation_trainer(task.folder, clock, **task.trl(), by_vllm=True).train()
     return clock.result()
 
 
-def gkd(folder: Path) -> dict[str, Any]:
+def gkd(task: Task) -> dict[str, Any]:
     """TRL's GKDTrainer."""
     clock = Clock(WARM_UP)
-    gkd_trainer(folder, clock, STEPS["gkd"], **TRL).train()
+    gkd_trainer(task.folder, clock, **task.trl()).train()
     return clock.result()
 
 
-def floor(folder: Path) -> dict[str, Any]:
+def floor(task: Task) -> dict[str, Any]:
     """Nothing but the matrix products of a step, each once, at this machine's rates."""
-    dtype = getattr(torch, dtype_of(folder))
+    dtype = getattr(torch, task.dtype)
     flops, bytes_read = _rates(dtype)
-    head = {name: 50_257 * SHAPES[name]["hidden_size"] for name in SHAPES}
+    head = {name: VOCABULARY * SHAPES[name]["hidden_size"] for name in SHAPES}
     body = {name: sum(m * n for m, n in _matrices(SHAPES[name])) for name in SHAPES}
-    written, length = BATCH * RESPONSE, BATCH * (PROMPT + RESPONSE - 1)
 
     def seconds(numbers: int, rows: int) -> float:
         """Of a product of ``rows`` states and matrices of so many numbers."""
         return max(2 * numbers * rows / flops, numbers * dtype.itemsize / bytes_read)
 
-    decoding = (RESPONSE - 1) * seconds(body["student"] + head["student"], BATCH)
-    phases = {
-        "generate": seconds(body["student"], BATCH * PROMPT) + seconds(head["student"], BATCH) + decoding,
-        "score": seconds(body["teacher"], length),
-        "learn": 3 * seconds(body["student"], length) + 3 * seconds(head["student"], written) + seconds(head["teacher"], written),
-    }
-    return {"step": [sum(phases.values())], **{name: [value] for name, value in phases.items()}, "tokens": [written]}
+    def phases(lengths: torch.Tensor) -> dict[str, float]:
+        """Of a step whose responses have these ``lengths``."""
+        written, read = int(lengths.sum()), int((PROMPT + lengths - 1).sum())
+        rows = [int((lengths > place).sum()) for place in range(1, int(lengths.max()))]
+        decoding = sum(seconds(body["student"] + head["student"], n) for n in rows)
+        return {
+            "generate": seconds(body["student"], BATCH * PROMPT) + seconds(head["student"], BATCH) + decoding,
+            "score": seconds(body["teacher"], read),
+            "learn": 3 * seconds(body["student"], read)
+            + 3 * seconds(head["student"], written)
+            + seconds(head["teacher"], written),
+            "tokens": written,
+        }
+
+    steps = [phases(lengths) for lengths in task.drawn(200)]
+    found = {phase: [step[phase] for step in steps] for phase in steps[0]}
+    return found | {"step": [sum(step.values()) - step["tokens"] for step in steps]}
 
 
 def _rates(dtype: torch.dtype) -> tuple[float, float]:
@@ -222,7 +247,7 @@ def _rates(dtype: torch.dtype) -> tuple[float, float]:
 
     torch.manual_seed(0)
     most = 0.0
-    for rows, inputs, outputs in ((1024, 512, 1536), (1280, 256, 688), (256, 512, 50_257), (2048, 2048, 2048)):
+    for rows, inputs, outputs in ((1024, 512, 1536), (1280, 256, 688), (256, 512, VOCABULARY), (2048, 2048, 2048)):
         first, second = torch.randn(rows, inputs, dtype=dtype), torch.randn(inputs, outputs, dtype=dtype)
         most = max(most, 2 * rows * inputs * outputs / best(partial(torch.mm, first, second)))
     numbers = torch.ones(2**26)
@@ -235,11 +260,11 @@ def _matrices(shape: dict[str, Any]) -> list[tuple[int, int]]:
     return layer * shape["num_hidden_layers"]
 
 
-def check(folder: Path) -> dict[str, Any]:
+def check(task: Task) -> dict[str, Any]:
     """Losses and gradient norms of all three on the same tokens, responses of 5 to 40 tokens after prompts of 3 to 17."""
     generator = torch.Generator().manual_seed(0)
     lengths = [(3, 40), (17, 5), (9, 23), (12, 31)]
-    texts = [[torch.randint(50_257, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
+    texts = [[torch.randint(VOCABULARY, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
     longest = [max(pair[side] for pair in lengths) for side in range(2)]
 
     def padded(side: int, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,16 +277,15 @@ def check(folder: Path) -> dict[str, Any]:
 
     (prompt_ids, prompt_mask), (completion_ids, completion_mask) = padded(0, left=True), padded(1, left=False)
     count = completion_mask.sum()
-    dtype = dtype_of(folder)
-    found = {"float32": _our_loss(folder, texts, "float32"), "raykd": _our_loss(folder, texts, dtype)}
-    trainer = distillation_trainer(folder, Clock(0), 1, **TRL)
+    found = {"float32": _our_loss(task, texts, "float32"), "raykd": _our_loss(task, texts, task.dtype)}
+    trainer = distillation_trainer(task.folder, Clock(0), **task.trl())
     inputs = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
     inputs |= {"completion_ids": completion_ids, "completion_mask": completion_mask}
-    mixed = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")  # as its training step does
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=task.dtype == "bfloat16")  # as its training step does
     with mixed:
         loss = trainer._compute_loss(trainer.model, inputs, count)[0]
     found["distillation"] = _differentiated(trainer.model, loss)
-    trainer = gkd_trainer(folder, Clock(0), 1, **TRL)
+    trainer = gkd_trainer(task.folder, Clock(0), **task.trl())
     ids, mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, completion_mask], 1)
     labels = torch.where(torch.cat([torch.zeros_like(prompt_mask), completion_mask], 1) == 1, ids, -100)
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
@@ -270,11 +294,11 @@ def check(folder: Path) -> dict[str, Any]:
     found["gkd"] = _differentiated(trainer.model, loss)
     for name, values in found.items():
         for value, exact in zip(values, found["float32"], strict=True):
-            assert abs(value - exact) < TOLERANCE[dtype] * max(1.0, abs(exact)), f"{name} computes something else: {found}"
+            assert abs(value - exact) < TOLERANCE[task.dtype] * max(1.0, abs(exact)), f"{name} computes something else: {found}"
     return {name: {"loss": loss, "gradient_norm": norm} for name, (loss, norm) in found.items()}
 
 
-def _our_loss(folder: Path, texts: list[list[list[int]]], dtype: Any) -> tuple[float, float]:
+def _our_loss(task: Task, texts: list[list[list[int]]], dtype: Any) -> tuple[float, float]:
     """As a learner's rank computes it from what a teacher's worker sends."""
     from raykd.algorithms import GKD
     from raykd.algorithms.base import Needs
@@ -285,8 +309,8 @@ def _our_loss(folder: Path, texts: list[list[list[int]]], dtype: Any) -> tuple[f
     from raykd.student import Student
     from raykd.teacher import Teacher
 
-    size: dict[str, Any] = {"vocab_size": 50_257}
-    teacher = Teacher(str(folder / "teacher"), TeacherConfig(dtype=dtype), **size)
+    size: dict[str, Any] = {"vocab_size": VOCABULARY}
+    teacher = Teacher(str(task.folder / "teacher"), TeacherConfig(dtype=dtype), **size)
     rollouts = [
         Rollout(prompt_id=str(i), sample=0, prompt_tokens=tuple(prompt), tokens=tuple(response), source=Source.DATASET)
         for i, (prompt, response) in enumerate(texts)
@@ -297,7 +321,7 @@ def _our_loss(folder: Path, texts: list[list[list[int]]], dtype: Any) -> tuple[f
         for i, rollout in enumerate(rollouts)
     ]
     student = Student(
-        str(folder / "student"),
+        str(task.folder / "student"),
         dtype=getattr(torch, dtype),
         chunk=None,
         teacher_head=teacher.head(),
@@ -321,7 +345,7 @@ def _differentiated(model: Any, loss: torch.Tensor) -> tuple[float, float]:
     return float(loss), float(torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")))
 
 
-CONTENDERS: dict[str, Callable[[Path], dict[str, Any]]] = {
+CONTENDERS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "check": check,
     "floor": floor,
     "raykd": raykd,
@@ -365,10 +389,10 @@ class Memory(threading.Thread):
         return peaks
 
 
-def measure(name: str, folder: Path) -> dict[str, Any]:
+def measure(name: str, task: Task) -> dict[str, Any]:
     """A contender in a process of its own."""
-    output = folder / f"{name}.json"
-    command = [sys.executable, __file__, "--contender", name, str(folder), str(output)]
+    folder, output = task.folder, task.folder / f"{name}.json"
+    command = [sys.executable, __file__, "--contender", name, str(folder), task.dtype, task.lengths, str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": str(THREADS), "TOKENIZERS_PARALLELISM": "false", "GLIBC_TUNABLES": HEAP}
     with (folder / f"{name}.log").open("w") as log, subprocess.Popen(command, env=environment, stdout=log, stderr=log) as process:
         memory = Memory(psutil.Process(process.pid))
@@ -380,15 +404,16 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     found = json.loads(output.read_text())
     if name == "check":
         return found
-    tokens = statistics.median(found.pop("tokens"))
-    seconds = {phase: round(statistics.median(values), 3) for phase, values in found.items()}
+    middle = statistics.median if task.lengths == "equal" else statistics.mean
+    tokens = middle(found.pop("tokens"))
+    seconds = {phase: round(middle(values), 3) for phase, values in found.items()}
     row = {"steps": len(found["step"]), "seconds": seconds, "tokens_per_second": round(tokens / seconds["step"], 1)}
     return row if name == "floor" else row | {"peak_megabytes": memory.peaks()}
 
 
-def table(results: dict[str, Any], dtype: str) -> Table:
+def table(results: dict[str, Any], name: str) -> Table:
     """Everyone beside TRL's DistillationTrainer."""
-    shown = Table(dtype, "s/step", "phases", "tokens/s", "x TRL", "learner MB", "all MB")
+    shown = Table(name, "s/step", "phases", "tokens/s", "x TRL", "learner MB", "all MB")
     base = results.get("distillation", {}).get("tokens_per_second")
     for name, row in results.items():
         if name == "check":
@@ -406,24 +431,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("contenders", nargs="*", metavar="contender", help=f"of {', '.join(CONTENDERS)}; all where none is named")
     parser.add_argument("--dtype", choices=list(TOLERANCE), default="float32")
+    parser.add_argument("--lengths", choices=list(LENGTHS), default="equal")
     asked = parser.parse_args()
     if unknown := set(asked.contenders) - set(CONTENDERS):
         parser.error(f"no contender is named {', '.join(sorted(unknown))}: name some of {', '.join(CONTENDERS)}")
-    folder = Path(tempfile.mkdtemp(prefix="raykd-vs-trl-"))
-    prepare(folder, asked.dtype)
+    task = Task(Path(tempfile.mkdtemp(prefix="raykd-vs-trl-")), asked.dtype, asked.lengths)
+    task.prepare()
     RESULTS.parent.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for name in asked.contenders or CONTENDERS:
-        results.setdefault(asked.dtype, {})[name] = {"measured": stamp()} | measure(name, folder)
+        found = {"measured": stamp()} | measure(name, task)
+        results.setdefault(f"{asked.dtype}, {asked.lengths} lengths", {})[name] = found
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    for dtype, found in results.items():
-        Console(width=120).print(table(found, dtype))
+    for name, found in results.items():
+        Console(width=120).print(table(found, name))
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--contender"]:
         torch.set_num_threads(THREADS)
-        found = CONTENDERS[sys.argv[2]](Path(sys.argv[3]))
-        Path(sys.argv[4]).write_text(json.dumps(found))
+        contender, folder, dtype, lengths, output = sys.argv[2:]
+        found = CONTENDERS[contender](Task(Path(folder), dtype, lengths))
+        Path(output).write_text(json.dumps(found))
     else:
         main()
