@@ -26,9 +26,10 @@ from raykd.algorithms import GKD, AdaptiveSchedule, DistiLLM, MiniLLM
 from raykd.algorithms.base import Algorithm, Needs
 from raykd.experiment import EvaluationConfig, Experiment, Model, Stage
 from raykd.phases import Position
-from raykd.prompts import Data, Pairs, PromptStream
+from raykd.prompts import Data, PromptStream
 from raykd.records import Prompt, Rollout, Row, Source
 from raykd.replay import ReplayBuffer
+from raykd.sources import Pairs
 from raykd.tracking import Tracker
 from raykd.train import train
 from raykd.usage import Usage

@@ -102,7 +102,8 @@ class Task:
 
     def prepare(self) -> None:
         """Both models and the prompts. The logits are scaled so that the distributions are not flat."""
-        from raykd.prompts import Documents, read_rows, tokenise_documents
+        from raykd.prompts import tokenise_documents
+        from raykd.sources import Documents, read_rows
 
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
         for seed, name in enumerate(SHAPES):
@@ -135,8 +136,8 @@ def raykd(task: Task, max_staleness: int = 0, threads: int = THREADS, compiled: 
         TeacherConfig,
         TrackingConfig,
     )
-    from raykd.prompts import Pairs
     from raykd.run import run
+    from raykd.sources import Pairs
 
     engine = EngineConfig(dtype=task.dtype, threads=threads)
     stage = Stage(

@@ -19,7 +19,7 @@ from raykd.experiment import (
     Stage,
     TeacherConfig,
 )
-from raykd.prompts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Documents, Pairs
+from raykd.sources import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Documents, Pairs
 
 DOLLY = Pairs(
     path="databricks/databricks-dolly-15k",

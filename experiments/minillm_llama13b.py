@@ -24,7 +24,7 @@ from dolly import LARGE, dolly, first_sft, minillm
 from raykd.algorithms import MiniLLM
 from raykd.cli import main
 from raykd.experiment import EngineConfig, EvaluationConfig, Experiment, Model, TrackingConfig
-from raykd.prompts import Documents, Pairs
+from raykd.sources import Documents, Pairs
 
 EXPERIMENT = dolly(
     "minillm-llama13b",

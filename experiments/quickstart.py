@@ -24,8 +24,8 @@ from raykd.experiment import (
     Stage,
     TeacherConfig,
 )
-from raykd.prompts import Pairs
 from raykd.run import run
+from raykd.sources import Pairs
 
 WORK = Path(os.environ.get("RAYKD_RUNS", "runs")) / "quickstart-data"
 TEACHER_STEPS, SFT_STEPS, DISTIL_STEPS = 700, 550, 96

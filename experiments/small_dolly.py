@@ -11,7 +11,7 @@ from typing import Any
 from raykd.algorithms import SFT, AnyAlgorithm
 from raykd.evaluation.suites import ALPACA
 from raykd.experiment import EvaluationConfig, Experiment, LearnerConfig, Model, Optimiser, Stage, TeacherConfig
-from raykd.prompts import Documents
+from raykd.sources import Documents
 
 DATA = os.environ.get("RAYKD_DATA", "../shared")
 TOKENIZER = f"{DATA}/models/tinystories-tok4096"

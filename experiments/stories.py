@@ -19,7 +19,7 @@ from raykd.experiment import (
     Stage,
     TeacherConfig,
 )
-from raykd.prompts import Documents
+from raykd.sources import Documents
 
 DATA = os.environ.get("RAYKD_DATA", "../shared")
 TEACHER = f"{DATA}/models/stories260K"

@@ -12,11 +12,12 @@ from rich.console import Console
 from transformers.utils.logging import set_verbosity_error
 from tyro.extras import SubcommandApp
 
+from raykd.chat import Chat
 from raykd.cli import refuse
 from raykd.evaluation.generate import Decoding
 from raykd.evaluation.suites import ALPACA, BUILT_IN, LabelSuite, Metric, Suite, find_suites
 from raykd.experiment import EngineConfig
-from raykd.prompts import Pairs
+from raykd.sources import Pairs
 from raykd.tracking import say
 from raykd.value import Value
 
@@ -63,6 +64,10 @@ class Evaluate(Value):
     """Only the first rows of every suite."""
     max_tokens: int = Field(default=256, ge=1)
     """Longest answer."""
+    chat: bool = False
+    """Every prompt is a user's message in the model's chat template."""
+    system: str | None = None
+    """With chat: the system message before it."""
     max_prompt: int | None = Field(default=None, ge=1)
     """Longest prompt; longer ones are left out, by default where the answer would not fit the context."""
     engine: EngineConfig = EngineConfig(deadline_s=86400.0)
@@ -85,7 +90,7 @@ class Evaluate(Value):
         evaluation = Evaluation(
             models=self.models,
             teacher=self.teacher,
-            suites=tuple(map(self._limited, suites)),
+            suites=tuple(map(self._asked, suites)),
             decoding=self.decoding,
             max_prompt=self.max_prompt,
             engine=self.engine,
@@ -109,6 +114,8 @@ class Evaluate(Value):
         """Raise ValueError for an option that nothing would read."""
         if self.judge_model and not self.judge_url:
             raise ValueError(f"judge_model {self.judge_model} needs judge_url, the endpoint that serves it")
+        if self.system is not None and not self.chat:
+            raise ValueError(f"system {self.system!r} is a message of a chat; add --chat, or leave it out")
         given = [name for name, value in self.rows if value != getattr(Rows(), name)]
         if given and {suite.name for suite in suites} <= {suite.name for suite in BUILT_IN}:
             raise ValueError(
@@ -132,8 +139,9 @@ class Evaluate(Value):
                 f"output {self.output}: {error.filename} cannot be written ({error.strerror}); name another file"
             ) from error
 
-    def _limited(self, suite: Suite | LabelSuite) -> Suite | LabelSuite:
-        changes = {"data": suite.data.model_copy(update={"limit": self.limit})}
+    def _asked(self, suite: Suite | LabelSuite) -> Suite | LabelSuite:
+        chat = Chat(system=self.system) if self.chat else None
+        changes = {"data": suite.data.model_copy(update={"limit": self.limit, "chat": chat})}
         if isinstance(suite, Suite):
             changes |= {"max_tokens": self.max_tokens}
         return suite.model_copy(update=changes)

@@ -9,8 +9,9 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd.experiment import EngineConfig
-from raykd.prompts import Pairs, PromptStream, read_rows, tokenise_pairs
+from raykd.prompts import PromptStream, tokenise_pairs
 from raykd.records import Prompt
+from raykd.sources import Pairs, read_rows
 
 MAX_PROMPT, MAX_RESPONSE = 24, 24
 ON_CPU = EngineConfig(dtype="float32", cpu_cache_gib=0.25)

@@ -13,8 +13,8 @@ from raykd import cli
 from raykd.actors import ModelFacts
 from raykd.algorithms import GKD, KD, SFT
 from raykd.experiment import EvaluationConfig, Experiment, LearnerConfig, Model, Stage
-from raykd.prompts import Pairs
 from raykd.run import connect, idle_gpus, prepare
+from raykd.sources import Conversations, Pairs
 
 LLAMA = {
     "model_type": "llama",
@@ -109,6 +109,19 @@ def test_bad_input_is_named_with_its_field_and_a_remedy(
         said = complaint(capsys, monkeypatch, base, *options)
         for part in expected:
             assert part in said, f"{options}: {said}"
+
+
+def test_conversations_are_data_with_options_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    chats = write(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": "a"}]}] * 4)
+    base = experiment(tmp_path / "runs").model_copy(update={"data": Conversations(path=chats)})
+    assert "row 1: field 'messages' ends with a message of user" in complaint(capsys, monkeypatch, base)
+    without = ("--data.no-answers", "--data.chat.system", "b")
+    assert "KD learns from reference answers, but data.answers is False" in complaint(capsys, monkeypatch, base, *without)
+    on_policy = base.model_copy(update={"stages": (Stage(algorithm=GKD(), steps=1, batch_size=4),)})
+    assert "chats.jsonl, row 1: tokenizer" in complaint(capsys, monkeypatch, on_policy, *without)
+    assert Experiment.model_validate_json(on_policy.model_dump_json()) == on_policy
 
 
 @pytest.mark.parametrize(

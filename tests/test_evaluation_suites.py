@@ -7,6 +7,7 @@ import pytest
 from example_text import text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from raykd.commands import Evaluate
 from raykd.evaluation.question_sets import ask_all, check_pair
 from raykd.evaluation.suites import (
     ALPACA,
@@ -18,7 +19,7 @@ from raykd.evaluation.suites import (
     label_questions,
     questions,
 )
-from raykd.prompts import Pairs, read_rows
+from raykd.sources import Pairs, read_rows
 
 OTHERS = Suite(name="", data=ALPACA)
 
@@ -96,6 +97,19 @@ def test_a_file_of_ones_own_gets_the_given_templates_and_metric(tmp_path: Path, 
     assert gpt2.decode(list(question.prompt.tokens)) == "2 + 2? " and question.references == ("4", "four")
     assert built_in.name == "vicuna" and "Response" in built_in.data.prompt
     assert (hub.data.path, hub.data.split) == ("owner/set", "dev")
+
+
+def test_a_chat_model_is_asked_in_its_template(gpt2: PreTrainedTokenizerBase):
+    gpt2.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    suites = find_suites("vicuna,sst2", OTHERS)
+    free, labelled = (Evaluate(models=("m",), chat=True, system="Be kind.", limit=2)._asked(suite) for suite in suites)
+    assert isinstance(free, Suite) and isinstance(labelled, LabelSuite)
+    rows = read_rows(free.data)
+    plain, asked = questions(only("vicuna"), rows, gpt2, 768)[0], questions(free, rows, gpt2, 768)[0]
+    wrapped = f"<system>Be kind.<user>{gpt2.decode(list(plain.prompt.tokens))}<assistant>"
+    assert gpt2.decode(list(asked.prompt.tokens)) == wrapped and asked.references == plain.references
+    (no, _), *_ = (question.prompts for question in label_questions(labelled, read_rows(labelled.data), gpt2, 768))
+    assert str(gpt2.decode(list(no.tokens))).endswith("<assistant>") and gpt2.decode(list(no.response[:-1])) == "negative"
 
 
 def test_what_is_wrong_with_a_suite_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpt2: PreTrainedTokenizerBase):

@@ -15,7 +15,7 @@ from raykd.experiment import (
     Stage,
     TeacherConfig,
 )
-from raykd.prompts import Documents, Pairs
+from raykd.sources import Documents, Pairs
 from raykd.train import learning_rate
 
 STUDENT, TEACHER = Model(path="student"), Model(path="teacher")

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "raykd"
 
 # Lowest first. A module (or folder) imports from rows below its own, and from its own row without going in circles.
 ROWS = (
-    ("payloads", "records", "logprobs", "value", "provenance"),
+    ("payloads", "records", "logprobs", "value", "provenance", "chat", "sources"),
     ("divergences", "surrogates", "projection", "packing", "fused", "compiled", "cpu_products", "gpu_products"),
     ("algorithms", "prompts", "replay", "sharing", "gpu_sharing", "between_nodes", "weights", "tracking", "usage", "experiment"),
     ("collate", "rank", "lora", "mismatch", "student", "engine", "pretrained"),

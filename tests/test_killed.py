@@ -15,10 +15,11 @@ from raykd.actors import ModelFacts
 from raykd.algorithms import GKD, SFT, MiniLLM
 from raykd.algorithms.base import Needs
 from raykd.experiment import Experiment, LearnerConfig, Model, Optimiser, RolloutConfig, Stage, TeacherConfig
-from raykd.prompts import Documents, Pairs, eos_id
+from raykd.prompts import eos_id
 from raykd.records import Rollout, Source
 from raykd.run import connect
 from raykd.sharing import Region
+from raykd.sources import Documents, Pairs
 from raykd.start import start_workers
 from raykd.weights import WeightUpdate
 from raykd.workers import Term, Workers, unscored

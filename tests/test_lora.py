@@ -33,9 +33,9 @@ from raykd.experiment import (
     TrackingConfig,
 )
 from raykd.projection import Head
-from raykd.prompts import Pairs
 from raykd.records import Row, Totals
 from raykd.run import run
+from raykd.sources import Pairs
 from raykd.student import Student
 
 SETTINGS: dict[str, Any] = {"dtype": torch.float32, "vocab_size": VOCAB, "chunk": 4, "activation_checkpointing": False}

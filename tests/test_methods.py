@@ -25,8 +25,8 @@ from raykd.experiment import (
     TeacherConfig,
     TrackingConfig,
 )
-from raykd.prompts import Documents, Pairs
 from raykd.run import run
+from raykd.sources import Documents, Pairs
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 

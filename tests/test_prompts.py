@@ -10,17 +10,9 @@ import pytest
 from example_text import text_tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from raykd.prompts import (
-    ALPACA_WITH_INPUT,
-    ALPACA_WITHOUT_INPUT,
-    Documents,
-    Pairs,
-    PromptStream,
-    pack_text,
-    read_rows,
-    tokenise_documents,
-    tokenise_pairs,
-)
+from raykd.chat import Chat
+from raykd.prompts import PromptStream, pack_text, tokenise_conversations, tokenise_documents, tokenise_pairs
+from raykd.sources import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Conversations, Documents, Pairs, read_rows
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -87,6 +79,80 @@ def test_special_tokens_that_a_text_brings_are_the_only_ones():
     first, second = tokenise_pairs([plain, marked], Pairs(path="x"), tokenizer, max_prompt=8, max_response=8)
     assert (first.tokens, first.response, first.finished) == (second.tokens, second.response, second.finished)
     assert first.tokens[0] == first.response[-1] == tokenizer.eos_token_id != first.tokens[1]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if terse %}Briefly: {% endif %}{% endif %}"
+)
+ASKED = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+ANSWERED = [*ASKED, {"role": "assistant", "content": "d e"}]
+
+
+def chat_tokenizer(template: str | None = CHATML) -> Any:
+    tokenizer: Any = deepcopy(text_tokenizer())
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_conversation_is_laid_out_as_the_tokenizer_does_and_ends_with_its_end_of_turn():
+    tokenizer, system = chat_tokenizer(), {"role": "system", "content": "s"}
+    limits = {"max_prompt": 99, "max_response": 99}
+    (prompt,) = tokenise_conversations([{"messages": ANSWERED}], Conversations(path="x"), tokenizer, **limits)
+    assert list(prompt.tokens) == tokenizer.apply_chat_template(ASKED, add_generation_prompt=True)["input_ids"]
+    assert list(prompt.response) == [*tokenizer("d e")["input_ids"], tokenizer.eos_token_id] and prompt.finished
+    for source in (Conversations(path="x", answers=False), Conversations(path="x", answers=False, chat=Chat(system="s"))):
+        rows = [{"messages": ANSWERED}, {"messages": ASKED}, {"messages": [system, *ASKED]}]
+        with_answer, without, own_system = tokenise_conversations(rows, source, tokenizer, **limits)
+        assert with_answer.tokens == without.tokens and with_answer.response == without.response == ()
+        assert (without.tokens == own_system.tokens) == (source.chat.system is not None)
+
+
+def test_a_pair_is_a_message_and_its_answer_where_it_is_a_chat():
+    tokenizer, row = chat_tokenizer(), {"prompt": "c", "response": "d e"}
+    source = Pairs(path="x", chat=Chat(system="s", options={"terse": True}))
+    (prompt,) = tokenise_pairs([row], source, tokenizer, max_prompt=99, max_response=99)
+    text = (
+        f"<|im_start|>system\ns{tokenizer.eos_token}\n<|im_start|>user\nc{tokenizer.eos_token}\n<|im_start|>assistant\nBriefly: "
+    )
+    assert tokenizer.decode(list(prompt.tokens)) == text
+    assert tokenizer.decode(list(prompt.response)) == f"d e{tokenizer.eos_token}", "though the template does not open it so"
+
+
+def test_a_chat_template_writes_all_special_tokens():
+    tokenizer = chat_tokenizer("{{ bos_token }}" + CHATML)
+    tokenizer.bos_token = tokenizer.eos_token
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+    (prompt,) = tokenise_conversations(
+        [{"messages": ANSWERED}], Conversations(path="x"), tokenizer, max_prompt=99, max_response=99
+    )
+    assert prompt.tokens[0] == tokenizer.bos_token_id != prompt.tokens[1]
+    assert prompt.response.index(tokenizer.eos_token_id) == len(prompt.response) - 1
+
+
+REFUSES = "{{ raise_exception('roles must alternate') }}"
+
+
+@pytest.mark.parametrize(
+    ("messages", "template", "complaint"),
+    [
+        (ASKED, CHATML, "row 1: field 'messages' ends with a message of user, not with an answer of assistant"),
+        (ANSWERED[-1:], CHATML, "row 1: field 'messages' has no message that asks for an answer"),
+        ([], CHATML, "row 1: field 'messages' has no message that asks for an answer"),
+        ("a", CHATML, "row 1: field 'messages' is no list of messages with a role and a content"),
+        ([{"role": "user", "content": None}], CHATML, "row 1: field 'messages' is no list of messages with a role and a content"),
+        (None, CHATML, "row 1: field 'messages' is no list of messages .* name the right field"),
+        (ANSWERED, REFUSES, "x.jsonl, row 1: the chat template of tokenizer .* refuses it: roles must alternate"),
+        (ANSWERED, None, "row 1: tokenizer .* has no chat template; take an instruction-tuned student"),
+    ],
+)
+def test_a_conversation_that_cannot_be_laid_out_is_named(messages: object, template: str | None, complaint: str):
+    with pytest.raises(ValueError, match=complaint):
+        tokenise_conversations(
+            [{"messages": messages}], Conversations(path="x.jsonl"), chat_tokenizer(template), max_prompt=99, max_response=99
+        )
 
 
 def test_a_missing_field_is_named_with_file_and_row():

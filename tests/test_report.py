@@ -21,7 +21,6 @@ from raykd.algorithms import SFT, DistiLLM, MiniLLM
 from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
 from raykd.experiment import EvaluationConfig, Experiment, Model, Stage
 from raykd.experiment.stage import Kept
-from raykd.prompts import Pairs
 from raykd.report import write_report
 from raykd.report.charts import averaged
 from raykd.report.dashboard import dashboard
@@ -29,6 +28,7 @@ from raykd.report.figures import number
 from raykd.report.folders import read_run
 from raykd.report.tables import differences, duration
 from raykd.run_directory import new_folder
+from raykd.sources import Pairs
 from raykd.tracking import Tracker
 
 

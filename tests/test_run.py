@@ -27,10 +27,11 @@ from raykd.experiment import (
     TeacherConfig,
     TrackingConfig,
 )
-from raykd.prompts import Documents, Pairs, eos_id
+from raykd.prompts import eos_id
 from raykd.records import Rollout, Scores, Source
 from raykd.run import Result, connect, run
 from raykd.run_directory import load_experiment
+from raykd.sources import Documents, Pairs
 from raykd.start import start_workers
 from raykd.weights import unpack, verify
 from raykd.workers import Term, Workers, unscored

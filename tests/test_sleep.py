@@ -14,11 +14,11 @@ from pydantic import ValidationError
 
 from raykd.algorithms import GKD
 from raykd.experiment import EngineConfig, Experiment, Model, RolloutConfig, Stage, TeacherConfig
-from raykd.prompts import Pairs
 from raykd.rollout.config import EngineSettings
 from raykd.rollout.engine_thread import EngineThread
 from raykd.rollout.vllm_engine import VllmEngine
 from raykd.rollout.worker import RolloutWorker
+from raykd.sources import Pairs
 from raykd.usage import Usage
 from raykd.workers import Workers
 

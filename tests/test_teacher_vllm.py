@@ -32,9 +32,9 @@ from raykd.experiment import (
     TeacherConfig,
     TrackingConfig,
 )
-from raykd.prompts import Pairs
 from raykd.records import Rollout, Scores, Source
 from raykd.run import run
+from raykd.sources import Pairs
 from raykd.teacher import Teacher
 from raykd.teacher.heads import head_in_checkpoint
 from raykd.teacher.pooled import PooledStates, refuse_overflowing

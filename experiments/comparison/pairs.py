@@ -12,8 +12,8 @@ from raykd.algorithms import SFT, AnyAlgorithm
 from raykd.evaluation.generate import Decoding
 from raykd.evaluation.suites import Question, Suite, questions
 from raykd.experiment import Experiment
-from raykd.prompts import Pairs, read_rows
 from raykd.run import prepare
+from raykd.sources import Pairs, read_rows
 
 TEACHER, START = "teacher", "start"
 TEACHER_TEXT, TEXT = "teacher_text", "text"

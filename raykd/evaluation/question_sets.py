@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from raykd.evaluation.suites import LabelQuestion, LabelSuite, Question, Row, Suite, label_questions, questions
 from raykd.pretrained import eos_ids, load, locate
-from raykd.prompts import eos_id, read_rows
+from raykd.prompts import eos_id
 from raykd.records import Rollout
+from raykd.sources import read_rows
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,20 +1,19 @@
 """What a model is asked: rows, prompt, accepted answers, and what counts as a good one."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from raykd.prompts import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, LOADERS, Pairs, tokenise_pairs
+from raykd.prompts import tokenise_pairs
 from raykd.records import Prompt
+from raykd.sources import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, LOADERS, Pairs, Row
 from raykd.value import Value
-
-Row = Mapping[str, Any]
 
 
 class Metric(StrEnum):

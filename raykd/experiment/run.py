@@ -10,8 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from raykd.algorithms.base import Needs, Sizes
 from raykd.experiment.stage import Kept, Stage
 from raykd.experiment.workers import LearnerConfig, RewardConfig, RolloutConfig, TeacherConfig
-from raykd.prompts import Documents, Pairs
 from raykd.records import Source
+from raykd.sources import Conversations, Documents, Pairs
 from raykd.value import Positive, Value
 
 MEMORY_OF_TWO = 0.45
@@ -55,7 +55,7 @@ class Experiment(Value):
     student: Model
     teacher: Model | None = None
     """None where no stage needs one (SFT)."""
-    data: Pairs | Documents
+    data: Pairs | Conversations | Documents
     text: Documents | None = None
     """Plain text for the language-modelling loss of methods that have one."""
     text_length: int = Field(default=512, ge=2)
@@ -104,10 +104,8 @@ class Experiment(Value):
                     f"{where} has text_coefficient {text.weight:g}, but text is not set; "
                     "name plain text, or set text_coefficient to 0"
                 )
-            if Source.DATASET in algorithm.writers and isinstance(self.data, Pairs) and self.data.response is None:
-                raise ValueError(
-                    f"{where} learns from reference answers, but data.response is not set; give a template, e.g. '{{answer}}'"
-                )
+            if Source.DATASET in algorithm.writers and self.data.no_answers:
+                raise ValueError(f"{where} learns from reference answers, but data.{self.data.no_answers}")
             if algorithm.needs_reward and self.reward is None:
                 raise ValueError(f"{where} has a reward_weight, but reward is not set; name a function or a classifier")
             if held_out := algorithm.held_out:
@@ -156,10 +154,9 @@ class Experiment(Value):
                 f"{who} the held-out {measure}, but evaluation.every is {evaluation.every} and evaluation.prompts "
                 f"{evaluation.prompts}; set both, or {otherwise}"
             )
-        if measure != "reverse_kl" and isinstance(self.data, Pairs) and self.data.response is None:
+        if measure != "reverse_kl" and self.data.no_answers:
             raise ValueError(
-                f"{who} the held-out {measure} of reference answers, but data.response is not set; give their template, or "
-                f"{otherwise}"
+                f"{who} the held-out {measure} of reference answers, but data.{self.data.no_answers}, or {otherwise}"
             )
         if measure in ("forward_kl", "reverse_kl") and self.teacher is None:
             raise ValueError(f"{who} the held-out {measure}, but teacher is not set; name a model, or {otherwise}")
