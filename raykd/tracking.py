@@ -63,7 +63,7 @@ class Tracker:
         self._write(step, metrics)
         if self._task is None:
             return
-        shown = [f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics]
+        shown = [f"{name} {metrics[name]:z.3f}" for name in SHOWN if name in metrics]
         shown += [f"{lane} {share:.0%} busy" for lane, share in (busy or {}).items()]
         numbers = "  ".join(shown)
         self._progress.update(self._task, advance=1, numbers=numbers)
@@ -74,7 +74,7 @@ class Tracker:
     def log_held_out(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record held-out numbers under ``heldout/``."""
         self._write(step, {f"heldout/{name}": value for name, value in metrics.items()})
-        say(self.console, f"held out after step {step}:  " + "  ".join(f"{name} {value:.3f}" for name, value in metrics.items()))
+        say(self.console, f"held out after step {step}:  " + "  ".join(f"{name} {value:z.3f}" for name, value in metrics.items()))
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """Keep answers as text: one line each in ``samples.jsonl``."""

@@ -229,6 +229,12 @@ def test_it_is_said_how_many_rows_are_left_out(tmp_path: Path):
     data = base.data.model_copy(update={"path": write(tmp_path / "long.jsonl", rows)})
     said = prepare(base.model_copy(update={"data": data}), tokenizer).left_out
     assert said.endswith("long.jsonl: 5 of 7 rows are used, the others are too long for max_prompt 8")
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    chats = [{"messages": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+    data = Conversations(path=write(tmp_path / "chats.jsonl", chats), answers=False)
+    prepared = prepare(base.model_copy(update={"data": data}), tokenizer)
+    assert prepared.left_out.endswith("chats.jsonl: 5 of 7 rows are used, the others are too long for max_prompt 8")
+    assert prepared.decode(prepared.held_out[0].tokens) == "a\n"
 
 
 def test_a_quantised_model_is_refused_where_it_cannot_be_used(

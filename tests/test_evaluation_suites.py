@@ -100,7 +100,10 @@ def test_a_file_of_ones_own_gets_the_given_templates_and_metric(tmp_path: Path, 
 
 
 def test_a_chat_model_is_asked_in_its_template(gpt2: PreTrainedTokenizerBase):
-    gpt2.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    gpt2.chat_template = (
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
     suites = find_suites("vicuna,sst2", OTHERS)
     free, labelled = (Evaluate(models=("m",), chat=True, system="Be kind.", limit=2)._asked(suite) for suite in suites)
     assert isinstance(free, Suite) and isinstance(labelled, LabelSuite)
