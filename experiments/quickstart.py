@@ -5,6 +5,7 @@ checked. A student a third of its size has worse data: three in ten of its refer
 on them, then MiniLLM on responses mixed with the teacher's. A control gets as many steps of SFT alone.
 """
 
+import argparse
 import os
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def llama(hidden: int, layers: int) -> dict[str, object]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     console = Console()
     language = spoken_dates.write(WORK, rows=50_000)
     common = {

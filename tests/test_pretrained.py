@@ -11,7 +11,7 @@ from raykd.algorithms import GKD
 from raykd.experiment import Experiment, Model, Stage
 from raykd.models import model_facts
 from raykd.pretrained import eos_ids, locate
-from raykd.prompts import Pairs
+from raykd.sources import Pairs
 
 
 def test_a_folder_a_run_directory_and_a_name_on_the_hub_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
