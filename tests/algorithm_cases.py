@@ -34,12 +34,20 @@ def response_mask(lengths: list[int]) -> Tensor:
 
 
 def random_case(lengths: list[int], *, vocab: int = 5, seed: int = 0, share: float = 0.2, drift: float = 0.3) -> Case:
-    """Float64; the student has moved by ``drift`` since it wrote the responses with the teacher's share ``share``."""
+    """Float64; the student has moved by ``drift`` since it wrote every other response with the teacher's share ``share``."""
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths, default=0), vocab)
     old, teacher, step = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
     tokens = torch.randint(vocab, shape[:2], generator=generator)
-    return make_case(old + drift * step, old, teacher.log_softmax(-1), tokens, lengths, share)
+    rewards = torch.randn(len(lengths), generator=generator, dtype=torch.float64)
+    return two_sided(make_case(old + drift * step, old, teacher.log_softmax(-1), tokens, lengths, share), rewards)
+
+
+def two_sided(case: Case, rewards: Tensor | None = None) -> Case:
+    """The student wrote the even responses, the teacher the odd ones."""
+    by_student = torch.arange(len(case.batch.mask)) % 2 == 0
+    rewards = case.batch.rewards if rewards is None else rewards
+    return replace(case, batch=replace(case.batch, by_student=by_student, rewards=rewards))
 
 
 def make_case(logits: Tensor, old: Tensor, teacher: Tensor, tokens: Tensor, lengths: list[int], share: float) -> Case:
@@ -65,9 +73,9 @@ def hand_case() -> Case:
     return make_case(student, student, teacher, torch.tensor([[0, 1, 2], [0, 4, 3]]), [3, 2], share=0.0)
 
 
-def part(case: Case, rows: list[int], width: int | None = None) -> Case:
-    """Some responses as a micro-batch of the same step, cut to the longest of them or to ``width`` positions."""
-    width = int(case.batch.mask[rows].sum(-1).max()) if width is None else width
+def part(case: Case, rows: list[int]) -> Case:
+    """Some responses as a micro-batch of the same step, cut to the longest of them."""
+    width = int(case.batch.mask[rows].sum(-1).max())
     names = ("tokens", "mask", "student_logprobs", "teacher_logprobs", "behaviour_logprobs")
     of_rows = {name: getattr(case.batch, name)[rows] for name in ("by_student", "rewards")}
     batch = replace(case.batch, **{name: getattr(case.batch, name)[rows, :width] for name in names}, **of_rows)
@@ -79,14 +87,16 @@ def evaluate(algorithm: Algorithm, case: Case, logits: Tensor | None = None) -> 
     batch = counted(algorithm, case).batch
     student, mask = (case.logits if logits is None else logits).log_softmax(-1), batch.mask
     given = {name: values[mask] for name, values in algorithm.per_sequence(batch).items()}
-    values = algorithm.per_token(student[mask], case.teacher[mask], batch.tokens[mask], given)
+    teacher = case.teacher[mask] if algorithm.needs.distribution else None
+    values = algorithm.per_token(student[mask], teacher, batch.tokens[mask], given)
     loss = (values.pop("loss") * algorithm.token_weights(batch)[mask]).sum()
     return loss, {name: value.sum() / max(1, batch.totals.tokens) for name, value in values.items()}
 
 
 def counted(algorithm: Algorithm, case: Case) -> Case:
-    """The case as a step of its own, with what the algorithm counts over a step, unless it is a part of one already."""
-    numbers = case.batch.totals.numbers or algorithm.per_step(Progress(step=0, steps=10), recorded_rows(case.batch))
+    """The case as a step of its own, a third of the stage done, with what the algorithm counts over a step, unless it is a part
+    of one already."""
+    numbers = case.batch.totals.numbers or algorithm.per_step(Progress(step=4, steps=12), recorded_rows(case.batch))
     return replace(case, batch=replace(case.batch, totals=replace(case.batch.totals, numbers=numbers)))
 
 
@@ -111,34 +121,12 @@ def recorded_rows(batch: Batch) -> list[Row]:
 
 def loss_and_gradient(algorithm: Algorithm, case: Case) -> tuple[Tensor, Tensor]:
     """The loss and its gradient to the student's logits ``[B, T, V]``."""
+    loss, _, gradient = learned(algorithm, case)
+    return loss, gradient
+
+
+def learned(algorithm: Algorithm, case: Case) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The loss, the metrics, and the gradient to the student's logits ``[B, T, V]``."""
     logits = case.logits.clone().requires_grad_()
-    loss, _ = evaluate(algorithm, case, logits)
-    return loss.detach(), torch.autograd.grad(loss, logits)[0]
-
-
-def check_micro_batches(algorithm: Algorithm, case: Case, split: list[list[int]]) -> None:
-    """Any split into micro-batches sums to the whole: loss, metrics and gradient, with all padding cut away."""
-    case = counted(algorithm, case)
-    whole, gradient = loss_and_gradient(algorithm, case)
-    _, metrics = evaluate(algorithm, case)
-    parts = [part(case, rows) for rows in split if rows]
-    torch.testing.assert_close(sum(loss_and_gradient(algorithm, piece)[0] for piece in parts), whole)
-    for name, value in metrics.items():
-        torch.testing.assert_close(sum(evaluate(algorithm, piece)[1][name] for piece in parts), value, msg=name)
-    rebuilt = torch.zeros_like(gradient)
-    for rows, piece in zip([rows for rows in split if rows], parts, strict=True):
-        rebuilt[rows, : piece.logits.shape[1]] = loss_and_gradient(algorithm, piece)[1]
-    torch.testing.assert_close(rebuilt, gradient)
-
-
-def check_nothing_to_learn(algorithm: Algorithm) -> None:
-    """No tokens, or only padding: loss and metrics are 0, and the gradient exists and is 0."""
-    padding = random_case([3, 2])
-    empty_mask = replace(padding.batch, mask=torch.zeros_like(padding.batch.mask))
-    for case in (random_case([0, 0]), Case(padding.logits, padding.teacher, empty_mask), random_case([])):
-        logits = case.logits.clone().requires_grad_()
-        loss, metrics = evaluate(algorithm, case, logits)
-        loss.backward()
-        assert loss.item() == 0
-        assert all(value.item() == 0 for value in metrics.values()), metrics
-        assert logits.grad is not None and not logits.grad.any()
+    loss, metrics = evaluate(algorithm, case, logits)
+    return loss.detach(), metrics, torch.autograd.grad(loss, logits)[0]
