@@ -23,3 +23,11 @@ def data() -> Path:
     if not ((folder / "data").is_dir() and (folder / "models").is_dir()):
         pytest.skip(f"no data/ and models/ under {folder}: set RAYKD_DATA to the folder that holds them")
     return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The teacher of whole runs, which learns once for all of them."""
+    from small_runs import save_teacher
+
+    return save_teacher(tmp_path_factory.mktemp("teacher"))

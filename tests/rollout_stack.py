@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
+from raykd.engine.starting import prepare
 from raykd.rollout.config import EngineSettings
 from raykd.rollout.vllm_engine import VllmEngine
 from raykd.rollout.worker import RolloutWorker
@@ -56,12 +57,23 @@ def _config(name: str) -> PretrainedConfig:
 
 @cache
 def worker(model: str) -> RolloutWorker:
+    inspect_here()
     started = RolloutWorker(model, engine_config(model), eos_of(model))
     atexit.register(started.close)
     return started
 
 
+@cache
+def inspect_here() -> None:
+    """vLLM looks at each class of models in a process of its own, which imports everything anew; tests load it here anyway."""
+    prepare()
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()
+
+
 def new_engine(model: str, **settings: Any) -> VllmEngine:
+    inspect_here()
     return VllmEngine(model, engine_config(model).model_copy(update=settings), eos_of(model))
 
 

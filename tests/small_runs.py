@@ -1,6 +1,5 @@
 """What the tests of whole runs share: a small teacher that has learned something, and settings for two cores."""
 
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -35,7 +34,6 @@ def prompts() -> list[Prompt]:
     return tokenise_pairs(read_rows(source), source, text_tokenizer(), max_prompt=MAX_PROMPT, max_response=MAX_RESPONSE)
 
 
-@cache
 def save_teacher(folder: Path) -> Path:
     """A small Llama that has learned something, by a plain PyTorch loop."""
     torch.manual_seed(0)

@@ -93,7 +93,7 @@ def test_a_student_equal_to_the_teacher_has_nothing_to_learn(algorithm: Algorith
 
 
 @of_each(EVERY)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=2, max_size=6),
     seed=st.integers(0, 99),

@@ -264,8 +264,9 @@ def test_a_student_is_measured_under_every_seed_and_the_teacher_against_nobody(
     assert not {"forward_kl", "rouge_l_to_teacher"} & set(read.measures) and not read.curve
 
 
-def train_quietly(run: Experiment, reads: bool = False) -> None:
-    run_in_process(run, Console(quiet=True), reads=reads)
+def train_quietly(*runs: Experiment) -> None:
+    for run in runs:
+        run_in_process(run, Console(quiet=True))
 
 
 @pytest.mark.stack
@@ -280,8 +281,7 @@ def test_a_run_in_one_process_learns_and_goes_on_where_it_was_interrupted(
     )
     few = [short.model_copy(update={"stages": (short.stages[0].model_copy(update={"steps": steps}),)}) for steps in (4, 8)]
     whole = few[1].model_copy(update={"name": "whole"})
-    for each in (few[0], whole):
-        in_own_process(train_quietly, each)
+    in_own_process(train_quietly, few[0], whole)
     interrupted = tmp_path / "compare" / short.name
     position = interrupted / "checkpoints" / "step-000004" / "driver.json"
     state = json.loads(position.read_text())
@@ -295,18 +295,22 @@ def test_a_run_in_one_process_learns_and_goes_on_where_it_was_interrupted(
 @pytest.mark.stack
 def test_a_student_reads_plain_text_and_then_follows_instructions(data: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("RAYKD_RUNS", str(tmp_path))
-    for variant in (TEXT, TEACHER_TEXT, TEACHER, START, "gkd"):
-        run = experiment(Entry("dolly", variant, 0))
-        evaluation = run.evaluation.model_copy(update={"prompts": 4, "every": 0})
-        few = run.stages[0].model_copy(update={"steps": 4, "batch_size": 4})
-        in_own_process(
-            train_quietly, run.model_copy(update={"stages": (few,), "evaluation": evaluation}), variant in (TEXT, TEACHER_TEXT)
-        )
+    in_own_process(train_a_little, (TEXT, TEACHER_TEXT, TEACHER, START, "gkd"))
     measured = {variant: held_out_of(tmp_path / "compare" / f"{variant}-dolly-0") for variant in (TEXT, TEACHER, START, "gkd")}
     for before, after in measured.values():
         assert after["heldout/loss"] < before["heldout/loss"]
     assert {"heldout/forward_kl", "heldout/reverse_kl"} <= set(measured[START][1]) - set(measured[TEACHER][1])
     assert measured["gkd"][0]["heldout/loss"] == pytest.approx(measured[START][1]["heldout/loss"], rel=1e-4)
+
+
+def train_a_little(variants: Sequence[str]) -> None:
+    """One after the other, each on what those before it have left."""
+    for variant in variants:
+        run = experiment(Entry("dolly", variant, 0))
+        evaluation = run.evaluation.model_copy(update={"prompts": 4, "every": 0})
+        few = run.stages[0].model_copy(update={"steps": 4, "batch_size": 4})
+        short = run.model_copy(update={"stages": (few,), "evaluation": evaluation})
+        run_in_process(short, Console(quiet=True), reads=variant in (TEXT, TEACHER_TEXT))
 
 
 def held_out_of(run: Path) -> list[Line]:

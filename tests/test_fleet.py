@@ -5,7 +5,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +15,12 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
+from raykd.algorithms import SFT
+from raykd.experiment import Experiment, Model, Stage
 from raykd.fleet import Fleet, environment
+from raykd.prompts import Pairs
 from raykd.records import Prompt
+from raykd.run import connect
 from raykd.usage import Usage
 from raykd.weights import WeightUpdate
 from raykd.workers import Workers
@@ -72,11 +75,8 @@ def test_the_settings_of_the_user_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    ray.shutdown()  # of the tests before
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
+def cluster() -> None:
+    connect(Experiment(name="fleet", student=Model(path="x"), data=Pairs(path="x"), stages=(Stage(algorithm=SFT(), steps=1),)))
 
 
 def replicas(count: int, poison: Path) -> list[Any]:

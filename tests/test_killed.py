@@ -3,13 +3,14 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 from example_text import text, text_tokenizer
 from ray.exceptions import RayActorError
-from small_runs import MAX_PROMPT, ON_CPU, prompts, save_teacher
+from small_runs import MAX_PROMPT, ON_CPU, prompts
 
 from raykd.actors import ModelFacts
 from raykd.algorithms import GKD, SFT, MiniLLM
@@ -31,13 +32,12 @@ DEADLINE_S = 120.0
 
 
 @pytest.fixture(scope="module")
-def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
+def workers(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     """Two replicas of each fleet, and a student that began as its teacher and has taken two steps."""
-    teacher = str(save_teacher(tmp_path_factory.mktemp("teacher")))
     experiment = Experiment(
         name="killed",
-        teacher=Model(path=teacher),
-        student=Model(path=teacher),
+        teacher=Model(path=str(teacher)),
+        student=Model(path=str(teacher)),
         data=Pairs(path=str(text().pairs)),
         text=Documents(path=str(text().texts)),
         stages=(Stage(algorithm=MiniLLM(rollouts=16), steps=1, batch_size=16),),
@@ -51,8 +51,8 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     connect(experiment)
     tokenizer = text_tokenizer()
     facts = ModelFacts(
-        student=teacher,
-        teacher=teacher,
+        student=str(teacher),
+        teacher=str(teacher),
         vocab_size=len(tokenizer),
         eos_ids=(eos_id(tokenizer),),
         max_length=experiment.max_length,

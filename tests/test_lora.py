@@ -12,7 +12,7 @@ from example_text import text
 from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
-from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama, save_teacher
+from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama
 from test_learner import STAGES, VOCAB, all_rows, free_port, make_learner, published, student_config, terms_of
 from test_student import ARCHITECTURES, saved_model
 from torch import Tensor
@@ -140,11 +140,11 @@ def test_layers_that_do_not_exist_are_refused_with_those_that_do(tmp_path: Path)
 
 @pytest.mark.stack
 @pytest.mark.timeout(600)
-def test_engines_write_with_the_merged_weights(tmp_path: Path) -> None:
+def test_engines_write_with_the_merged_weights(teacher: Path, tmp_path: Path) -> None:
     """A whole run: what the learner finds likely is what the engine sampled from, also after steps of the adapters."""
     experiment = Experiment(
         name="adapters",
-        teacher=Model(path=str(save_teacher(tmp_path / "teacher"))),
+        teacher=Model(path=str(teacher)),
         student=Model(path=str(text().tokenizer), scratch=llama(32)),
         data=Pairs(path=str(text().pairs)),
         stages=(Stage(algorithm=GKD(), steps=4, batch_size=16, optimiser=Optimiser(learning_rate=2e-2)),),

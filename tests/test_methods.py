@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from example_text import text
 from rich.console import Console
-from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama, save_teacher
+from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama
 
 from raykd.algorithms import AKL, GKD, OPD, AdaptiveSchedule, DistiLLM, DistiLLM2, MiniLLM, SeqKD
 from raykd.algorithms.token_divergences import ReverseKL
@@ -53,8 +53,7 @@ def read(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    teacher = str(save_teacher(tmp_path_factory.mktemp("teacher")))
+def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
     reward = tmp_path_factory.mktemp("reward") / "short.py"
     reward.write_text(WANTS_SHORT_RESPONSES)
     algorithms = [
@@ -80,8 +79,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Finished:
     )
     experiment = Experiment(
         name="methods",
-        teacher=Model(path=teacher),
-        student=Model(path=teacher, scratch=llama(32)),
+        teacher=Model(path=str(teacher)),
+        student=Model(path=str(teacher), scratch=llama(32)),
         data=Pairs(path=str(text().pairs)),
         text=Documents(path=str(text().texts)),
         text_length=48,

@@ -9,7 +9,7 @@ import ray
 import torch
 from example_text import text, text_tokenizer
 from rich.console import Console
-from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama, prompts, save_teacher
+from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama, prompts
 from transformers import AutoModelForCausalLM
 
 from raykd.actors import ModelFacts, within_reach
@@ -37,11 +37,6 @@ from raykd.weights import unpack, verify
 from raykd.workers import Term, Workers, unscored
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def experiment(teacher: Path, runs: Path) -> Experiment:
@@ -130,9 +125,8 @@ def test_transformers_loads_the_student(finished: Result):
 def test_a_finished_run_is_resumed_at_its_end_and_a_second_run_gets_its_own_directory(finished: Result, teacher: Path):
     short = experiment(teacher, finished.folder.parent).model_copy(
         update={
-            "stages": (Stage(algorithm=SFT(), steps=2, batch_size=16), Stage(algorithm=KD(), steps=2, batch_size=16)),
-            "rollout": RolloutConfig(engine=ON_CPU),
-            "teachers": TeacherConfig(dtype="float32", engine=ON_CPU),
+            "teacher": None,
+            "stages": (Stage(algorithm=SFT(), steps=2, batch_size=16),) * 2,
             "learner": LearnerConfig(dtype="float32"),
             "evaluation": EvaluationConfig(prompts=0),
             "tracking": TrackingConfig(wandb=False),

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from rollout_stack import STORIES, STORIES_EOS
+from rollout_stack import STORIES, STORIES_EOS, inspect_here
 from safetensors.torch import load_file, save_file
-from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, save_teacher
+from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU
 from test_student import ARCHITECTURES, VOCAB, saved_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -46,6 +46,7 @@ STORIES_VOCAB = 512
 
 def teachers(model: str, vocab_size: int, max_length: int = 64, **fields: Any) -> tuple[Teacher, Teacher]:
     """The same one, on Hugging Face and on vLLM."""
+    inspect_here()
     config = TeacherConfig(dtype="float32", engine=EngineConfig(cpu_cache_gib=0.1), **fields)
     sizes = {"vocab_size": vocab_size, "max_length": max_length}
     return Teacher(model, config, **sizes), Teacher(model, config.model_copy(update={"backend": "vllm"}), **sizes)
@@ -269,9 +270,9 @@ def test_answers_follow_the_teacher_token_by_token(tmp_path: Path) -> None:
     assert [answer[-1] for answer in pooled.answer(prompts[:1], 40, (ended,))] == [ended]
 
 
-def test_a_run_with_an_engine_that_scores_beside_the_one_that_writes(tmp_path: Path) -> None:
+def test_a_run_with_an_engine_that_scores_beside_the_one_that_writes(teacher: Path, tmp_path: Path) -> None:
     """The student begins as the teacher itself: on the first step the learner finds no divergence, to rounding."""
-    teacher, slow = save_teacher(tmp_path / "teacher"), Optimiser(learning_rate=1e-3)
+    slow = Optimiser(learning_rate=1e-3)
     experiment = Experiment(
         name="pooled",
         teacher=Model(path=str(teacher)),

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.stack
 DEADLINE_S = 120.0
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     ray.shutdown()
     started = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "resources": {"first": 1}})
