@@ -175,6 +175,13 @@ def is_spoilt(algorithm: Algorithm, case: Case) -> bool:
     return any(math.isnan(value) for value in (*case.batch.totals.numbers.values(), loss, *metrics.values()))
 
 
+@pytest.mark.parametrize("kind", [KD, ImitKD, GKD, DistiLLM, AKL])
+def test_text_of_an_older_student_is_weighed_where_that_is_asked(kind: type[KD | ImitKD | GKD | DistiLLM | AKL]) -> None:
+    case = random_case([3, 2])
+    (weighed, metrics), (plain, _) = evaluate(kind(importance_limit=1.2), case), evaluate(kind(), case)
+    assert "importance_weight" in metrics and (weighed - plain).abs() > 1e-3
+
+
 @of_each(EVERY)
 def test_it_survives_json_and_misspelt_fields_do_not(algorithm: Algorithm) -> None:
     adapter: TypeAdapter[AnyAlgorithm] = TypeAdapter(AnyAlgorithm)

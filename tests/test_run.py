@@ -5,16 +5,13 @@ import math
 from pathlib import Path
 
 import pytest
-import ray
 import torch
-from example_text import text, text_tokenizer
+from example_text import text
 from rich.console import Console
 from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama, prompts
 from transformers import AutoModelForCausalLM
 
-from raykd.actors import ModelFacts, within_reach
 from raykd.algorithms import GKD, KD, SFT, MiniLLM
-from raykd.algorithms.base import Needs
 from raykd.algorithms.token_divergences import ReverseKL
 from raykd.experiment import (
     EvaluationConfig,
@@ -27,14 +24,9 @@ from raykd.experiment import (
     TeacherConfig,
     TrackingConfig,
 )
-from raykd.prompts import eos_id
-from raykd.records import Rollout, Scores, Source
-from raykd.run import Result, connect, run
+from raykd.run import Result, run
 from raykd.run_directory import load_experiment
 from raykd.sources import Documents, Pairs
-from raykd.start import start_workers
-from raykd.weights import unpack, verify
-from raykd.workers import Term, Workers, unscored
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
@@ -202,104 +194,3 @@ def test_a_stage_hands_on_its_best_weights(teacher: Path, tmp_path: Path):
     assert step["logprob_mismatch"] < 1e-4  # the engine wrote with what the learner went back to
     assert step["nll"] < held_out[8]
     assert held_out[9] == pytest.approx(held_out[best], abs=0.1)
-
-
-@pytest.fixture(scope="module")
-def self_distillation(teacher: Path, finished: Result, tmp_path_factory: pytest.TempPathFactory):
-    """Workers whose teacher IS the student's initial model: every log-prob has three independent witnesses."""
-    same = experiment(teacher, tmp_path_factory.mktemp("runs")).model_copy(
-        update={
-            "student": Model(path=str(teacher)),
-            "rollout": RolloutConfig(replicas=1, engine=ON_CPU),
-            "teachers": TeacherConfig(replicas=1, dtype="float32", engine=ON_CPU),
-            "learner": LearnerConfig(ranks=2, dtype="float32", micro_batch=8, zero_stage=3),
-        }
-    )
-    connect(same)
-    tokenizer = text_tokenizer()
-    facts = ModelFacts(
-        student=str(teacher),
-        teacher=str(teacher),
-        vocab_size=len(tokenizer),
-        eos_ids=(eos_id(tokenizer),),
-        max_length=same.max_length,
-        seed=0,
-    )
-    workers = start_workers(same, facts)
-    yield workers
-    workers.close()
-
-
-def nll(workers: Workers, rollouts: list) -> float:
-    """The learner's own -log q, mean over tokens."""
-    return workers.evaluate([Term(algorithm=SFT(), rows=unscored(rollouts))])["loss"]
-
-
-def test_rollout_learner_and_teacher_agree_on_the_same_ids(self_distillation: Workers):
-    workers = self_distillation
-    for share in (0.0, 0.3):
-        rollouts = workers.generate(
-            prompts()[:24], workers.publish(), samples=2, teacher_share=share, max_tokens=MAX_RESPONSE, salt=1
-        )
-        assert {rollout.source for rollout in rollouts} == {Source.MIXED if share else Source.STUDENT}
-        count = sum(len(rollout.tokens) for rollout in rollouts)
-        engine = -sum(sum(rollout.student_logprobs or ()) for rollout in rollouts) / count
-        rows = workers.score(rollouts, Needs.BOTH)
-        blocks: dict[ray.ObjectRef, Scores] = {row.scores: ray.get(row.scores) for row in rows}
-        for row in rows:  # token by token: the rollout engine against the teacher's prefill
-            recorded = torch.tensor(row.rollout.student_logprobs)
-            torch.testing.assert_close(recorded, blocks[row.scores].row(row.index).logprobs, atol=1e-4, rtol=1e-4)
-        assert nll(workers, rollouts) == pytest.approx(engine, abs=1e-5)
-        divergence = workers.evaluate([Term(algorithm=GKD(divergence=ReverseKL()), rows=rows)])["loss"]
-        assert divergence == pytest.approx(0.0, abs=1e-6)
-
-
-def test_after_a_step_the_published_weights_are_the_learners_and_the_engine_follows_them(
-    self_distillation: Workers, tmp_path: Path
-):
-    workers = self_distillation
-    rows = unscored([Rollout.reference(prompt) for prompt in prompts()[:16]])
-    workers.begin(Optimiser(learning_rate=5e-3))
-    for _ in range(3):
-        workers.step([Term(algorithm=SFT(), rows=rows)], 5e-3)
-    rollouts = workers.generate(prompts()[:24], workers.publish(), samples=1, teacher_share=0.0, max_tokens=MAX_RESPONSE, salt=2)
-    assert {rollout.version for rollout in rollouts} == {workers.version} == {3}
-    count = sum(len(rollout.tokens) for rollout in rollouts)
-    engine = -sum(sum(rollout.student_logprobs or ()) for rollout in rollouts) / count
-    assert nll(workers, rollouts) == pytest.approx(engine, abs=1e-5)
-
-    workers.save_student(tmp_path)
-    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert workers._update is not None
-    expected = {name: tensor for name, tensor in saved.state_dict().items() if name != "lm_head.weight"}  # tied
-    carried = within_reach(workers._update, ["another node"])
-    assert within_reach(workers._update, [workers._update.node]) is workers._update
-    for buckets in (workers._update.buckets, ray.get(list(carried.buckets))):
-        for bucket in buckets:
-            verify(bucket)
-        published = {name: tensor for bucket in buckets for name, tensor in unpack(bucket)}
-        assert set(published) == set(expected)
-        for name, tensor in expected.items():
-            assert torch.equal(published[name].view(torch.uint8), tensor.view(torch.uint8)), name
-    assert workers.rollouts is not None
-    assert workers.rollouts.broadcast("load", {"update": carried}) == [3]
-    assert workers.rollouts.broadcast("gpus", {}) == [[workers.learner.all("gpu")[0]]] * len(workers.rollouts.actors)
-
-    # Hugging Face agrees with what the engine recorded, token by token.
-    for rollout in rollouts[:8]:
-        ids = torch.tensor([rollout.prompt_tokens + rollout.tokens])
-        logprobs = saved(ids).logits[0, len(rollout.prompt_tokens) - 1 : -1].log_softmax(-1)
-        chosen = logprobs.gather(1, torch.tensor(rollout.tokens)[:, None])[:, 0]
-        torch.testing.assert_close(torch.tensor(rollout.student_logprobs), chosen, atol=1e-4, rtol=1e-4)
-
-
-def test_a_replica_that_dies_comes_back_with_the_newest_weights_and_no_prompt_is_lost(self_distillation: Workers):
-    workers = self_distillation
-    assert workers.rollouts is not None
-    ray.kill(workers.rollouts.actors[0], no_restart=False)
-    asked = prompts()[:24]
-    rollouts = workers.generate(asked, workers.publish(), samples=1, teacher_share=0.0, max_tokens=MAX_RESPONSE, salt=3)
-    assert [rollout.prompt_id for rollout in rollouts] == [prompt.id for prompt in asked]
-    count = sum(len(rollout.tokens) for rollout in rollouts)
-    engine = -sum(sum(rollout.student_logprobs or ()) for rollout in rollouts) / count
-    assert nll(workers, rollouts) == pytest.approx(engine, abs=1e-5)
