@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raykd.algorithms import KD, SFT, MiniLLM
@@ -40,6 +40,7 @@ def collated(rows: list[Row], algorithm: SFT | KD | MiniLLM, head: Head | None =
     return collate(rows, algorithm, totals, fetch=lambda block: block, teacher_head=head, vocab_size=11)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 5))
 def test_every_row_is_dealt_once_and_counts_differ_by_at_most_one(lengths: list[tuple[int, int]], ranks: int) -> None:
     rows = [make_row(prompt, response, name=str(index)) for index, (prompt, response) in enumerate(lengths)]
@@ -50,6 +51,7 @@ def test_every_row_is_dealt_once_and_counts_differ_by_at_most_one(lengths: list[
     assert deal(rows, ranks) == dealt
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 5))
 def test_no_rank_has_more_than_one_longest_row_beyond_another_of_equal_count(lengths: list[tuple[int, int]], ranks: int) -> None:
     rows = [make_row(prompt, response) for prompt, response in lengths]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from browser import CHROMIUM, Tab, tab
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -340,6 +340,7 @@ def test_the_command_says_where_the_page_is(run: Path, capsys: pytest.CaptureFix
     assert (run / "report.html").read_text().startswith("<!doctype html>")
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=500), st.integers(1, 100))
 def test_spans_cover_every_point_once_and_hold_its_value(values: list[float], num_spans: int):
     spans = averaged(list(enumerate(values)), num_spans)
