@@ -21,7 +21,7 @@ OF_TEXT = (SFT(), SeqKD())
 """What the teacher's numbers do not reach."""
 BESIDE_THE_TEACHER = (*OF_TEXT, KD(data_weight=0.5), GKD(reward_weight=0.3))
 """What a student that equals its teacher still learns from."""
-VARIANTS: dict[Needs, list[Algorithm]] = {
+VARIANTS: dict[Needs, list[AnyAlgorithm]] = {
     Needs.NOTHING: [SFT()],
     Needs.SAMPLED: [SeqKD(), OPD(), OPD(clip=0.2, discount=0.9), MiniLLM(single_step=False)],
     Needs.DISTRIBUTION: [
@@ -45,13 +45,13 @@ VARIANTS: dict[Needs, list[Algorithm]] = {
 EVERY = [algorithm for variants in VARIANTS.values() for algorithm in variants]
 
 
-def named(algorithm: Algorithm) -> str:
+def named(algorithm: AnyAlgorithm) -> str:
     default, fields = type(algorithm)(), type(algorithm).model_fields
     changed = (name for name in fields if getattr(algorithm, name) != getattr(default, name))
     return " ".join([algorithm.kind, *(f"{name}={getattr(algorithm, name)}" for name in changed)])
 
 
-def of_each(algorithms: list[Algorithm]) -> pytest.MarkDecorator:
+def of_each(algorithms: list[AnyAlgorithm]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("algorithm", algorithms, ids=named)
 
 
@@ -183,7 +183,7 @@ def test_text_of_an_older_student_is_weighed_where_that_is_asked(kind: type[KD |
 
 
 @of_each(EVERY)
-def test_it_survives_json_and_misspelt_fields_do_not(algorithm: Algorithm) -> None:
+def test_it_survives_json_and_misspelt_fields_do_not(algorithm: AnyAlgorithm) -> None:
     adapter: TypeAdapter[AnyAlgorithm] = TypeAdapter(AnyAlgorithm)
     assert adapter.validate_json(algorithm.model_dump_json()) == algorithm
     assert adapter.validate_python({"kind": algorithm.kind}) == type(algorithm)()
