@@ -18,9 +18,9 @@ from ray.exceptions import RayActorError
 from raykd.algorithms import SFT
 from raykd.experiment import Experiment, Model, Stage
 from raykd.fleet import Fleet, environment
-from raykd.prompts import Pairs
 from raykd.records import Prompt
 from raykd.run import connect
+from raykd.sources import Pairs
 from raykd.usage import Usage
 from raykd.weights import WeightUpdate
 from raykd.workers import Workers
