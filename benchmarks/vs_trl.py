@@ -18,8 +18,8 @@ ours computes from the same weights in float32. "floor": the matrix products of 
 this machine's fastest product, or that of reading the weights where that takes longer.
 
 TRL takes part where it can be imported: ``pip install --no-deps trl==1.16.0 accelerate``. "distillation_vllm" runs on CPUs
-without AVX-512 alone: with it vLLM packs its matrices and takes no other weights in the way that TRL hands them over. RAYKD_DATA names the folder that holds
-``models/gpt2-tokenizer`` and TinyStories (default ../shared).
+without AVX-512 alone: with it vLLM packs its matrices, and takes no other weights in the way that TRL hands them over. RAYKD_DATA
+names the folder that holds ``models/gpt2-tokenizer`` and TinyStories (default ../shared).
 """
 
 import argparse
