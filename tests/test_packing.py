@@ -109,6 +109,22 @@ def test_one_call_for_all_segments_is_the_same(texts: Any, key_heads: int, monke
     torch.testing.assert_close(ragged.attend(query, key, value, 0.3), expected)
 
 
+def test_bfloat16_that_is_learned_from_is_attended_in_float32_on_a_cpu_and_rounded_once() -> None:
+    segments = packed(PROMPTS, RESPONSES).segments
+    assert segments is not None
+    shape = 1, 2, segments[-1].own.stop, 16
+
+    def attended(dtype: torch.dtype) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        heads = [torch.randn(shape, generator=generator).bfloat16().to(dtype).requires_grad_() for _ in range(3)]
+        output, _ = packed_attention(torch.nn.Module(), heads[0], heads[1], heads[2], None, segments=segments)
+        return [output, *torch.autograd.grad(output, heads, torch.ones_like(output))]
+
+    for rounded, exact in zip(attended(torch.bfloat16), attended(torch.float32), strict=True):
+        assert rounded.dtype == torch.bfloat16
+        torch.testing.assert_close(rounded, exact.bfloat16(), rtol=0, atol=0)
+
+
 def test_nothing_to_read_is_one_token() -> None:
     for lay in (packed, padded):
         layout = lay([], [])
