@@ -17,9 +17,9 @@ copy of the libraries (0.5 to 0.9 GB), shared pages counted in each; Ray's own p
 ours computes from the same weights in float32. "floor": the matrix products of a step, each once, as if they ran at the rate of
 this machine's fastest product, or that of reading the weights where that takes longer.
 
-TRL takes part where it can be imported: ``pip install --no-deps trl==1.16.0 accelerate``. "distillation_vllm" runs on CPUs
-without AVX-512 alone: with it vLLM packs its matrices, and takes no other weights in the way that TRL hands them over. RAYKD_DATA
-names the folder that holds ``models/gpt2-tokenizer`` and TinyStories (default ../shared).
+TRL takes part where it can be imported: ``pip install --no-deps trl==1.16.0 accelerate``. "distillation_vllm" needs a
+CPU on which vLLM does not pack its matrices (AVX2, not AVX-512): those take no weights in the way that TRL hands them over.
+RAYKD_DATA names the folder that holds ``models/gpt2-tokenizer`` and TinyStories (default ../shared).
 """
 
 import argparse
