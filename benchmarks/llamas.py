@@ -1,8 +1,8 @@
 """The student of 16M and the teacher of 53M parameters that benchmarks write, score and learn with: random-weight Llamas.
 
 Random weights change no cost but that of the length: such a model practically never writes EOS, so that all responses have the
-longest length allowed, which favours whoever pads. With ``ending`` it ends at every token with about that probability. Responses
-of 1/64, cut at 256 tokens, are as uneven as Dolly's reference answers cut so (GPT-2's tokens): their mean is 63 (Dolly 67), the
+longest length allowed, which favours whoever pads. With ``ending`` it ends at every token with about that probability. ``UNEVEN``
+responses are as uneven as Dolly's reference answers cut so (GPT-2's tokens): their mean is 63 (Dolly 67), the
 longest of 8 is 2.6 means long (2.6), of 32 3.6 (3.6).
 """
 
@@ -17,6 +17,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "teacher": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8},
 }
 VOCABULARY, EOS = 50_257, 50_256
+UNEVEN = (256, 1 / 64)
+"""The longest response, and how likely one ends at a token."""
 CONSTANT = 0.1
 """Of every embedding, in a coordinate of its own, several times the others' size: so the state has one that hardly varies."""
 
@@ -42,9 +44,13 @@ def _end(model: LlamaForCausalLM, probability: float) -> None:
         layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
     states = model.model(torch.randint(EOS, (8, 64))).last_hidden_state.flatten(0, 1)
     others = (states @ embedding[:EOS].T).logsumexp(-1)
+
+    def mean(factor: float) -> float:
+        return float((factor * states[:, 0] - others).sigmoid().mean())
+
     low, high = 0.0, 100.0 / float(states[:, 0].mean())
     for _ in range(50):
         factor = (low + high) / 2
-        low, high = (factor, high) if float((factor * states[:, 0] - others).sigmoid().mean()) < probability else (low, factor)
+        low, high = (factor, high) if mean(factor) < probability else (low, factor)
     embedding[EOS, 0] = factor
-    assert math.isclose(float((factor * states[:, 0] - others).sigmoid().mean()), probability, rel_tol=0.01)
+    assert math.isclose(mean(factor), probability, rel_tol=0.01)

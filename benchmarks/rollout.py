@@ -26,7 +26,7 @@ from typing import Any
 import ray
 import torch
 from drafted import drafted_response, verify
-from llamas import EOS, SHAPES, VOCABULARY, random_llama
+from llamas import EOS, SHAPES, UNEVEN, VOCABULARY, random_llama
 from rich.console import Console
 from rich.table import Table
 from stamp import stamp
@@ -38,7 +38,7 @@ from raykd.fleet import environment
 from raykd.rollout.requests import GenerationRequest
 
 PROMPT, SHARE, DRAFT = 32, 0.2, 16
-LENGTHS: dict[str, tuple[int, float | None]] = {"equal": (64, None), "uneven": (256, 1 / 64)}
+LENGTHS: dict[str, tuple[int, float | None]] = {"equal": (64, None), "uneven": UNEVEN}
 """The longest response, and how likely one ends at a token."""
 SHARPNESS = 1.4
 """Of both models: so they differ by a total variation of 0.30."""

@@ -40,7 +40,7 @@ from typing import Any
 
 import psutil
 import torch
-from llamas import SHAPES, VOCABULARY, random_llama
+from llamas import SHAPES, UNEVEN, VOCABULARY, random_llama
 from rich.console import Console
 from rich.table import Table
 from stamp import stamp
@@ -53,7 +53,7 @@ DATA = Path(os.environ.get("RAYKD_DATA", "../shared"))
 TOKENIZER = DATA / "models/gpt2-tokenizer"
 STORIES = DATA / "data/corpus_tinystories/tinystories_cased.jsonl.gz"
 BATCH, PROMPT, THREADS = 8, 32, 2
-LENGTHS: dict[str, tuple[int, float | None]] = {"equal": (128, None), "uneven": (256, 1 / 64)}
+LENGTHS: dict[str, tuple[int, float | None]] = {"equal": (128, None), "uneven": UNEVEN}
 """The longest response, and how likely one ends at a token."""
 STEPS = {"equal": {"raykd": 13, "trl": 8}, "uneven": {"raykd": 33, "trl": 19}}
 WARM_UP = 3
@@ -220,22 +220,21 @@ def floor(task: Task) -> dict[str, Any]:
         return max(2 * numbers * rows / flops, numbers * dtype.itemsize / bytes_read)
 
     def phases(lengths: torch.Tensor) -> dict[str, float]:
-        """Of a step whose responses have these ``lengths``."""
+        """Seconds and tokens of a step whose responses have these ``lengths``."""
         written, read = int(lengths.sum()), int((PROMPT + lengths - 1).sum())
         rows = [int((lengths > place).sum()) for place in range(1, int(lengths.max()))]
         decoding = sum(seconds(body["student"] + head["student"], n) for n in rows)
-        return {
+        times = {
             "generate": seconds(body["student"], BATCH * PROMPT) + seconds(head["student"], BATCH) + decoding,
             "score": seconds(body["teacher"], read),
             "learn": 3 * seconds(body["student"], read)
             + 3 * seconds(head["student"], written)
             + seconds(head["teacher"], written),
-            "tokens": written,
         }
+        return times | {"step": sum(times.values()), "tokens": written}
 
     steps = [phases(lengths) for lengths in task.drawn(200)]
-    found = {phase: [step[phase] for step in steps] for phase in steps[0]}
-    return found | {"step": [sum(step.values()) - step["tokens"] for step in steps]}
+    return {name: [step[name] for step in steps] for name in steps[0]}
 
 
 def _rates(dtype: torch.dtype) -> tuple[float, float]:
