@@ -83,6 +83,7 @@ class Evaluate(Value):
     def run(self, console: Console) -> None:
         from raykd.evaluation.evaluate import Evaluation, evaluate
         from raykd.evaluation.judge import Judge
+        from raykd.run_directory import learned_from_chats
 
         suites = find_suites(self.suite, self.rows.suite())
         self._check_options(suites)
@@ -98,6 +99,12 @@ class Evaluate(Value):
             harness_tasks=self.harness_tasks,
         )
         self._check_output()
+        for model in self.models:
+            if not self.chat and learned_from_chats(model):
+                say(
+                    console,
+                    f"{model} learned from chats and is asked in plain text; --chat asks in the template of its tokenizer",
+                )
         results, answers = evaluate(evaluation, console)
         results.save(self.output)
         lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)

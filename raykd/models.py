@@ -19,6 +19,7 @@ from raykd.actors import ModelFacts
 from raykd.experiment import Experiment, Model
 from raykd.lora import check_targets
 from raykd.pretrained import eos_ids, load, locate
+from raykd.prompts import eos_id
 
 OF_ANY_ARCHITECTURE = ("model_type", "quantization_config", "rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
 """Fields of a configuration that transformers knows though no architecture lists them."""
@@ -60,16 +61,20 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
 def model_facts(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, folder: Path) -> ModelFacts:
     """What every worker must agree on; models from scratch are initialised into the run directory ``folder``."""
     teacher = experiment.teacher
-    student = _model_folder("student", experiment.student, tokenizer, experiment, folder)
     return ModelFacts(
-        student=student,
+        student=_model_folder("student", experiment.student, tokenizer, experiment, folder),
         teacher=_model_folder("teacher", teacher, tokenizer, experiment, folder) if teacher else None,
         vocab_size=len(tokenizer),
-        eos_ids=eos_ids(student, tokenizer),
+        eos_ids=ends(experiment.student, tokenizer),
         max_length=experiment.max_length,
         seed=experiment.seed,
         run=str(folder),
     )
+
+
+def ends(student: Model, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end a response, of the data's and of everybody's who writes."""
+    return (eos_id(tokenizer),) if student.scratch else eos_ids(locate("student.path", student.path), tokenizer)
 
 
 def _architecture(role: str, scratch: dict[str, Any]) -> PreTrainedConfig:

@@ -1,8 +1,8 @@
 """Rows -> tokenised prompts, once. Everything after this file carries ids.
 
-tokenise_pairs, tokenise_conversations, tokenise_documents -> list[Prompt]
-pack_text                                                  -> chunks of plain text for a language-modelling loss
-PromptStream                                               -> a shuffled, endless, resumable stream over a list
+tokenise, tokenise_documents -> list[Prompt]
+pack_text                    -> chunks of plain text for a language-modelling loss
+PromptStream                 -> a shuffled, endless, resumable stream over a list
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,38 +14,51 @@ from typing import Generic, TypeVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from raykd.chat import Chat, Message
 from raykd.records import Prompt
 from raykd.sources import Conversations, Documents, Pairs, Row, conversation, document, pair
 
 Encode = Callable[[str], tuple[int, ...]]
 
 
-def tokenise_pairs(
-    rows: Iterable[Row], source: Pairs, tokenizer: PreTrainedTokenizerBase, *, max_prompt: int, max_response: int
+def tokenise(
+    rows: Iterable[Row],
+    source: Pairs | Conversations,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_prompt: int,
+    max_response: int,
+    eos_ids: Sequence[int] = (),
 ) -> list[Prompt]:
     """Prompts of at most ``max_prompt`` tokens (longer ones are left out), answers cut at ``max_response``.
 
     A response is tokenised as the continuation of its prompt, so that a student sees in training the ids it would itself
-    produce after that prompt. Raises ValueError naming the row when a field is missing or nothing is left.
+    produce after that prompt, and ends where the student would: at the first of ``eos_ids``, by default the tokenizer's EOS.
+    Raises ValueError naming the row when a field is missing or nothing is left.
     """
-    pairs = (pair(source, row, index) for index, row in enumerate(rows))
-    if source.chat is None:
-        return _tokenise(pairs, source.path, partial(_encode, tokenizer), tokenizer, max_prompt, max_response)
-    chats = (([{"role": "user", "content": prompt}], response) for prompt, response in pairs)
-    return _tokenise_chats(chats, source.path, source.chat, tokenizer, max_prompt, max_response)
-
-
-def tokenise_conversations(
-    rows: Iterable[Row], source: Conversations, tokenizer: PreTrainedTokenizerBase, *, max_prompt: int, max_response: int
-) -> list[Prompt]:
-    """As ``tokenise_pairs``, laid out by the tokenizer's chat template."""
-    chats = (conversation(source, row, index) for index, row in enumerate(rows))
-    return _tokenise_chats(chats, source.path, source.chat, tokenizer, max_prompt, max_response)
+    encode = partial(_encode if source.chat is None else _encode_as_it_stands, tokenizer)
+    ends = eos_ids or (eos_id(tokenizer),)
+    prompts = []
+    for index, row in enumerate(rows):
+        prompt, answer = _texts(source, row, index, tokenizer)
+        ids = encode(prompt)
+        if not 0 < len(ids) <= max_prompt:
+            continue
+        response, finished = (), True
+        if answer is not None:
+            response, finished = _cut(_continuation(encode, tokenizer, prompt, ids, answer), ends, max_response)
+        prompts.append(Prompt(id=f"{Path(source.path).name}:{index}", tokens=ids, response=response, finished=finished))
+    if not prompts:
+        raise ValueError(f"data set {source.path}: no prompt has at most max_prompt={max_prompt} tokens; raise max_prompt")
+    return prompts
 
 
 def tokenise_documents(
-    rows: Iterable[Row], source: Documents, tokenizer: PreTrainedTokenizerBase, *, max_response: int
+    rows: Iterable[Row],
+    source: Documents,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_response: int,
+    eos_ids: Sequence[int] = (),
 ) -> list[Prompt]:
     """Each document split at ``prompt_tokens``: prompt and reference continuation. Documents no longer than that are left out."""
     prompts = []
@@ -53,7 +66,7 @@ def tokenise_documents(
         ids = _encode(tokenizer, document(source, row, index))
         if len(ids) <= source.prompt_tokens:
             continue
-        response, finished = _cut(ids[source.prompt_tokens :], tokenizer, max_response)
+        response, finished = _cut(ids[source.prompt_tokens :], eos_ids or (eos_id(tokenizer),), max_response)
         name = f"{Path(source.path).name}:{index}"
         prompts.append(Prompt(id=name, tokens=ids[: source.prompt_tokens], response=response, finished=finished))
     if not prompts:
@@ -134,47 +147,19 @@ class PromptStream(Generic[Item]):
         return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.items))
 
 
-def _tokenise_chats(
-    chats: Iterable[tuple[Sequence[Message], str | None]],
-    path: str,
-    chat: Chat,
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt: int,
-    max_response: int,
-) -> list[Prompt]:
-    def encode(text: str) -> tuple[int, ...]:  # the template writes all special tokens
-        return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def lay_out(index: int, messages: Sequence[Message], answer: str | None) -> tuple[str, str | None]:
-        try:
-            return chat.lay_out(tokenizer, messages, answer)
-        except ValueError as error:
-            raise ValueError(f"{path}, row {index + 1}: {error}") from error
-
-    texts = (lay_out(index, *messages) for index, messages in enumerate(chats))
-    return _tokenise(texts, path, encode, tokenizer, max_prompt, max_response)
-
-
-def _tokenise(
-    texts: Iterable[tuple[str, str | None]],
-    path: str,
-    encode: Encode,
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt: int,
-    max_response: int,
-) -> list[Prompt]:
-    prompts = []
-    for index, (prompt, answer) in enumerate(texts):
-        prompt_ids = encode(prompt)
-        if not 0 < len(prompt_ids) <= max_prompt:
-            continue
-        response, finished = (), True
-        if answer is not None:
-            response, finished = _cut(_continuation(encode, tokenizer, prompt, prompt_ids, answer), tokenizer, max_response)
-        prompts.append(Prompt(id=f"{Path(path).name}:{index}", tokens=prompt_ids, response=response, finished=finished))
-    if not prompts:
-        raise ValueError(f"data set {path}: no prompt has at most max_prompt={max_prompt} tokens; raise max_prompt")
-    return prompts
+def _texts(source: Pairs | Conversations, row: Row, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
+    """Prompt and response of a row, laid out where they are a chat."""
+    if isinstance(source, Conversations):
+        chat, (messages, answer) = source.chat, conversation(source, row, index)
+    else:
+        prompt, answer = pair(source, row, index)
+        chat, messages = source.chat, [{"role": "user", "content": prompt}]
+        if chat is None:
+            return prompt, answer
+    try:
+        return chat.lay_out(tokenizer, messages, answer)
+    except ValueError as error:
+        raise ValueError(f"{source.path}, row {index + 1}: {error}") from error
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
@@ -188,6 +173,11 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
+def _encode_as_it_stands(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Ids of a text that has all its special tokens, as a chat template writes them."""
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
 def _continuation(
     encode: Encode, tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: tuple[int, ...], answer: str
 ) -> tuple[int, ...]:
@@ -195,11 +185,11 @@ def _continuation(
     if whole[: len(prompt_ids)] == prompt_ids:
         return whole[len(prompt_ids) :]
     # A token would span the boundary; at generation the prompt stands alone, so the answer starts a new token.
-    return tuple(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    return _encode_as_it_stands(tokenizer, answer)
 
 
-def _cut(ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, max_response: int) -> tuple[tuple[int, ...], bool]:
-    """Up to the first EOS, which is added where there is none."""
-    end = eos_id(tokenizer)
-    whole = ids[: ids.index(end) + 1] if end in ids else (*ids, end)
+def _cut(ids: tuple[int, ...], ends: Sequence[int], max_response: int) -> tuple[tuple[int, ...], bool]:
+    """Up to the first of ``ends``; where there is none, the first of them is added."""
+    length = next((place for place, token in enumerate(ids, 1) if token in ends), None)
+    whole = ids[:length] if length else (*ids, ends[0])
     return whole[:max_response], len(whole) <= max_response

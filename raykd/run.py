@@ -14,13 +14,13 @@ from transformers.utils.logging import disable_progress_bar
 
 from raykd.checkpoints import newest_checkpoint, restore_data, restore_workers
 from raykd.experiment import Experiment, FunctionReward
-from raykd.models import check_models, model_facts
+from raykd.models import check_models, ends, model_facts
 from raykd.phases import Position
-from raykd.prompts import Data, PromptStream, pack_text, tokenise_conversations, tokenise_documents, tokenise_pairs
+from raykd.prompts import Data, PromptStream, pack_text, tokenise, tokenise_documents
 from raykd.report import write_report
 from raykd.reward import load_function
 from raykd.run_directory import describe, new_folder, refuse_changes
-from raykd.sources import Conversations, Documents, read_rows
+from raykd.sources import Documents, read_rows
 from raykd.start import start_workers
 from raykd.tracking import Tracker, say
 from raykd.train import train
@@ -86,15 +86,12 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
     """Read and tokenise everything; held-out prompts come from a fixed shuffle, so that they stay the same across runs."""
     source = experiment.data
     rows = read_rows(source)
+    limits: Any = {"max_response": experiment.max_response, "eos_ids": ends(experiment.student, tokenizer)}
     if isinstance(source, Documents):
-        prompts = tokenise_documents(rows, source, tokenizer, max_response=experiment.max_response)
+        prompts = tokenise_documents(rows, source, tokenizer, **limits)
         reason = f"too short for prompt_tokens {source.prompt_tokens}"
     else:
-        limits = {"max_prompt": experiment.max_prompt, "max_response": experiment.max_response}
-        if isinstance(source, Conversations):
-            prompts = tokenise_conversations(rows, source, tokenizer, **limits)
-        else:
-            prompts = tokenise_pairs(rows, source, tokenizer, **limits)
+        prompts = tokenise(rows, source, tokenizer, max_prompt=experiment.max_prompt, **limits)
         reason = f"too long for max_prompt {experiment.max_prompt}"
     left_out = f"data {source.path}: {len(prompts):,} of {len(rows):,} rows are used, the others are {reason}"
     held_out = experiment.evaluation.prompts

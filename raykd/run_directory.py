@@ -7,6 +7,7 @@ from raykd.checkpoints import Checkpoint
 from raykd.experiment import Experiment
 from raykd.provenance import revision, versions
 from raykd.rank import settings
+from raykd.sources import Documents
 
 
 def new_folder(experiment: Experiment) -> Path:
@@ -50,3 +51,12 @@ def load_experiment(folder: Path) -> Experiment:
     if not path.is_file():
         raise ValueError(f"{folder} is no run directory: it has no experiment.json")
     return Experiment.model_validate(json.loads(path.read_text(encoding="utf-8"))["experiment"])
+
+
+def learned_from_chats(model: str) -> bool:
+    """Whether a model is that of a run, as far as is known, and the run's data are laid out by a chat template."""
+    try:
+        data = load_experiment(Path(model).expanduser()).data
+    except ValueError:  # a folder of Hugging Face's, a name on the Hub, a run of another version
+        return False
+    return not isinstance(data, Documents) and data.chat is not None

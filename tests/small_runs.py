@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd.experiment import EngineConfig
-from raykd.prompts import PromptStream, tokenise_pairs
+from raykd.prompts import PromptStream, tokenise
 from raykd.records import Prompt
 from raykd.sources import Pairs, read_rows
 
@@ -31,7 +31,7 @@ def llama(hidden: int) -> dict[str, object]:
 
 def prompts() -> list[Prompt]:
     source = Pairs(path=str(text().pairs))
-    return tokenise_pairs(read_rows(source), source, text_tokenizer(), max_prompt=MAX_PROMPT, max_response=MAX_RESPONSE)
+    return tokenise(read_rows(source), source, text_tokenizer(), max_prompt=MAX_PROMPT, max_response=MAX_RESPONSE)
 
 
 def save_teacher(folder: Path) -> Path:

@@ -11,6 +11,8 @@ from rich.console import Console
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from raykd import commands
+from raykd.algorithms import SFT
+from raykd.chat import Chat
 from raykd.evaluation.diversity import distinct_n
 from raykd.evaluation.evaluate import Evaluation, answer
 from raykd.evaluation.generate import Decoding, in_own_process, write
@@ -18,9 +20,11 @@ from raykd.evaluation.question_sets import ask_all
 from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
 from raykd.evaluation.rouge import rouge_l
 from raykd.evaluation.suites import ALPACA, Suite
-from raykd.experiment import EngineConfig
+from raykd.experiment import EngineConfig, Experiment, Model, Stage
 from raykd.records import Prompt
 from raykd.rollout.config import EngineSettings
+from raykd.run_directory import describe, learned_from_chats
+from raykd.sources import Conversations, Pairs
 
 ENGINE = ("--engine.dtype", "float32", "--engine.cpu-cache-gib", "0.1")
 
@@ -111,9 +115,26 @@ def test_paths_in_brackets_are_told_as_they_are(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     student, output = untrained(data, tmp_path / "run[v2]"), tmp_path / "found[v2].json"
+    describe(sft(student, Conversations(path="x")), Path(student))
     run(monkeypatch, student, "--suite", "sst2", "--limit", "2", *ENGINE, "--output", str(output))
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{student} learned from chats and is asked in plain text; --chat asks in" in printed
     assert f"{student} is measured" in printed and f"results: {output}" in printed
+
+
+def sft(student: str, data: Pairs | Conversations) -> Experiment:
+    stages = (Stage(algorithm=SFT(), steps=1),)
+    return Experiment(name="x", student=Model(path=student), teacher=None, data=data, stages=stages)
+
+
+def test_a_run_that_learned_from_chats_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert not learned_from_chats("owner/name") and not learned_from_chats(".")
+    for data in (Pairs(path="x"), Pairs(path="x", chat=Chat()), Conversations(path="x", field="turns")):
+        describe(sft("m", data), tmp_path)
+        assert learned_from_chats(".") == (data.chat is not None)
+    (tmp_path / "experiment.json").write_text('{"experiment": {"name": "of another version"}}')
+    assert not learned_from_chats(".")
 
 
 def test_names_in_brackets_stand_in_tables_as_they_are():

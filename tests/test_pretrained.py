@@ -1,5 +1,6 @@
 """A model by the name that users give it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ from example_text import text_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from raykd.algorithms import GKD
-from raykd.experiment import Experiment, Model, Stage
+from raykd.experiment import EvaluationConfig, Experiment, Model, Stage
 from raykd.models import model_facts
 from raykd.pretrained import eos_ids, locate
+from raykd.run import prepare
 from raykd.sources import Pairs
 
 
@@ -32,14 +34,27 @@ def test_a_response_ends_at_the_tokenizers_eos_and_at_those_that_the_model_lists
     tokenizer = text_tokenizer()
     own = tokenizer.eos_token_id
     assert isinstance(own, int) and eos_ids(str(tmp_path), tokenizer) == (own,), "no generation_config.json"
-    for listed, others in (([7, own, 5, 7], (7, 5)), (own, ()), (7, (7,)), ([5, len(tokenizer)], (5,)), (None, ())):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(2 * (json.dumps({"prompt": "a", "response": tokenizer.decode([11, 7, 5])}) + "\n"))
+    run = Experiment(
+        name="x",
+        student=Model(path=str(tmp_path)),
+        teacher=Model(path=str(tmp_path)),
+        data=Pairs(path=str(rows)),
+        stages=(Stage(algorithm=GKD(), steps=1),),
+        evaluation=EvaluationConfig(prompts=1),
+    )
+    for listed, others, answer in (
+        ([7, own, 5, 7], (7, 5), (11, 7)),
+        (own, (), (11, 7, 5, own)),
+        (7, (7,), (11, 7)),
+        ([5, len(tokenizer)], (5,), (11, 7, 5)),
+        (None, (), (11, 7, 5, own)),
+    ):
         GenerationConfig(eos_token_id=listed).save_pretrained(tmp_path)
         assert eos_ids(str(tmp_path), tokenizer) == (own, *others)
-        student = Model(path=str(tmp_path))
-        run = Experiment(
-            name="x", student=student, teacher=student, data=Pairs(path="x"), stages=(Stage(algorithm=GKD(), steps=1),)
-        )
         assert model_facts(run, tokenizer, tmp_path).eos_ids == (own, *others)
+        assert prepare(run, tokenizer).held_out[0].response == answer, "and so do reference answers"
 
 
 def test_an_eos_copied_from_the_architectures_default_is_no_wish(tmp_path: Path) -> None:

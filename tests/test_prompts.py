@@ -11,7 +11,7 @@ from example_text import text_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from raykd.chat import Chat
-from raykd.prompts import PromptStream, pack_text, tokenise_conversations, tokenise_documents, tokenise_pairs
+from raykd.prompts import PromptStream, pack_text, tokenise, tokenise_documents
 from raykd.sources import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Conversations, Documents, Pairs, read_rows
 
 
@@ -23,7 +23,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> Path:
 def test_a_response_continues_its_prompt_and_ends_with_eos():
     tokenizer = text_tokenizer()
     rows = [{"prompt": "os: def remove(path)\n", "response": "Remove a file."}]
-    (prompt,) = tokenise_pairs(rows, Pairs(path="x.jsonl"), tokenizer, max_prompt=64, max_response=64)
+    (prompt,) = tokenise(rows, Pairs(path="x.jsonl"), tokenizer, max_prompt=64, max_response=64)
     assert prompt.tokens == tuple(tokenizer(rows[0]["prompt"])["input_ids"])
     assert tokenizer.decode(list(prompt.response[:-1])) == "Remove a file."
     assert prompt.response[-1] == tokenizer.eos_token_id and prompt.finished
@@ -32,24 +32,24 @@ def test_a_response_continues_its_prompt_and_ends_with_eos():
 
 def test_a_cut_response_has_no_eos_and_is_not_finished():
     rows = [{"prompt": "a\n", "response": "one two three four five six seven"}]
-    (prompt,) = tokenise_pairs(rows, Pairs(path="x"), text_tokenizer(), max_prompt=8, max_response=3)
+    (prompt,) = tokenise(rows, Pairs(path="x"), text_tokenizer(), max_prompt=8, max_response=3)
     assert len(prompt.response) == 3 and not prompt.finished
     assert text_tokenizer().eos_token_id not in prompt.response
 
 
 def test_prompts_that_are_too_long_are_left_out_and_the_others_keep_their_names():
     rows = [{"prompt": "word " * 50, "response": "x"}, {"prompt": "a", "response": "x"}]
-    (prompt,) = tokenise_pairs(rows, Pairs(path="x"), text_tokenizer(), max_prompt=8, max_response=8)
+    (prompt,) = tokenise(rows, Pairs(path="x"), text_tokenizer(), max_prompt=8, max_response=8)
     assert prompt.id == "x:1"
     with pytest.raises(ValueError, match="no prompt has at most max_prompt=2 tokens"):
-        tokenise_pairs(rows[:1], Pairs(path="x"), text_tokenizer(), max_prompt=2, max_response=8)
+        tokenise(rows[:1], Pairs(path="x"), text_tokenizer(), max_prompt=2, max_response=8)
 
 
 @pytest.mark.parametrize(("context", "expected"), [("", "### Response:\n"), ("some", "### Input:\nsome")])
 def test_the_template_without_input_serves_rows_whose_optional_field_is_empty(context: str, expected: str):
     source = Pairs(path="x", prompt=ALPACA_WITH_INPUT.replace("{input}", "{context}"), prompt_without_input=ALPACA_WITHOUT_INPUT)
     rows = [{"instruction": "Do it.", "context": context, "response": "Done."}]
-    (prompt,) = tokenise_pairs(rows, source, text_tokenizer(), max_prompt=512, max_response=8)
+    (prompt,) = tokenise(rows, source, text_tokenizer(), max_prompt=512, max_response=8)
     decoded = text_tokenizer().decode(list(prompt.tokens))
     assert expected in decoded and ("### Input" in decoded) == bool(context)
 
@@ -63,7 +63,7 @@ def test_text_stays_as_it_stands_in_the_file(tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"dates.jsonl, row 1: field 'response' was read as a datetime, .* bring the data as .csv"
     ):
-        tokenise_pairs(read_rows(dates), dates, text_tokenizer(), max_prompt=8, max_response=8)
+        tokenise(read_rows(dates), dates, text_tokenizer(), max_prompt=8, max_response=8)
 
 
 def test_special_tokens_that_a_text_brings_are_the_only_ones():
@@ -76,7 +76,7 @@ def test_special_tokens_that_a_text_brings_are_the_only_ones():
         {"prompt": "a\n", "response": "b"},
         {"prompt": f"{tokenizer.bos_token}a\n", "response": f"b{tokenizer.eos_token}"},
     )
-    first, second = tokenise_pairs([plain, marked], Pairs(path="x"), tokenizer, max_prompt=8, max_response=8)
+    first, second = tokenise([plain, marked], Pairs(path="x"), tokenizer, max_prompt=8, max_response=8)
     assert (first.tokens, first.response, first.finished) == (second.tokens, second.response, second.finished)
     assert first.tokens[0] == first.response[-1] == tokenizer.eos_token_id != first.tokens[1]
 
@@ -97,13 +97,13 @@ def chat_tokenizer(template: str | None = CHATML) -> Any:
 
 def test_a_conversation_is_laid_out_as_the_tokenizer_does_and_ends_with_its_end_of_turn():
     tokenizer, system = chat_tokenizer(), {"role": "system", "content": "s"}
-    limits = {"max_prompt": 99, "max_response": 99}
-    (prompt,) = tokenise_conversations([{"messages": ANSWERED}], Conversations(path="x"), tokenizer, **limits)
+    limits: Any = {"max_prompt": 99, "max_response": 99}
+    (prompt,) = tokenise([{"messages": ANSWERED}], Conversations(path="x"), tokenizer, **limits)
     assert list(prompt.tokens) == tokenizer.apply_chat_template(ASKED, add_generation_prompt=True)["input_ids"]
     assert list(prompt.response) == [*tokenizer("d e")["input_ids"], tokenizer.eos_token_id] and prompt.finished
     for source in (Conversations(path="x", answers=False), Conversations(path="x", answers=False, chat=Chat(system="s"))):
         rows = [{"messages": ANSWERED}, {"messages": ASKED}, {"messages": [system, *ASKED]}]
-        with_answer, without, own_system = tokenise_conversations(rows, source, tokenizer, **limits)
+        with_answer, without, own_system = tokenise(rows, source, tokenizer, **limits)
         assert with_answer.tokens == without.tokens and with_answer.response == without.response == ()
         assert (without.tokens == own_system.tokens) == (source.chat.system is not None)
 
@@ -111,7 +111,7 @@ def test_a_conversation_is_laid_out_as_the_tokenizer_does_and_ends_with_its_end_
 def test_a_pair_is_a_message_and_its_answer_where_it_is_a_chat():
     tokenizer, row = chat_tokenizer(), {"prompt": "c", "response": "d e"}
     source = Pairs(path="x", chat=Chat(system="s", options={"terse": True}))
-    (prompt,) = tokenise_pairs([row], source, tokenizer, max_prompt=99, max_response=99)
+    (prompt,) = tokenise([row], source, tokenizer, max_prompt=99, max_response=99)
     text = (
         f"<|im_start|>system\ns{tokenizer.eos_token}\n<|im_start|>user\nc{tokenizer.eos_token}\n<|im_start|>assistant\nBriefly: "
     )
@@ -125,11 +125,27 @@ def test_a_chat_template_writes_all_special_tokens():
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
     )
-    (prompt,) = tokenise_conversations(
-        [{"messages": ANSWERED}], Conversations(path="x"), tokenizer, max_prompt=99, max_response=99
-    )
+    (prompt,) = tokenise([{"messages": ANSWERED}], Conversations(path="x"), tokenizer, max_prompt=99, max_response=99)
     assert prompt.tokens[0] == tokenizer.bos_token_id != prompt.tokens[1]
     assert prompt.response.index(tokenizer.eos_token_id) == len(prompt.response) - 1
+
+
+def test_an_answer_ends_where_the_student_would():
+    """At any id that ends its responses, though a template goes on: Gemma's writes an end of turn, then EOS."""
+    tokenizer: Any = text_tokenizer()
+    turn, own = tokenizer("\n")["input_ids"][-1], tokenizer.eos_token_id
+    row = {"prompt": "a", "response": "b c\n\n", "text": "one two three four\nfive"}
+    for ends, last in (((own, turn), turn), ((), own)):
+        (prompt,) = tokenise([row], Pairs(path="x"), tokenizer, max_prompt=9, max_response=9, eos_ids=ends)
+        (continued,) = tokenise_documents([row], Documents(path="d", prompt_tokens=2), tokenizer, max_response=64, eos_ids=ends)
+        for response, finished in ((prompt.response, prompt.finished), (continued.response, continued.finished)):
+            assert finished and response.index(last) == len(response) - 1
+    (cut,) = tokenise([row], Pairs(path="x"), tokenizer, max_prompt=9, max_response=2, eos_ids=(own, turn))
+    assert len(cut.response) == 2 and not cut.finished
+    (open_end,) = tokenise(
+        [{"prompt": "a", "response": "b"}], Pairs(path="x"), tokenizer, max_prompt=9, max_response=9, eos_ids=(own, turn)
+    )
+    assert open_end.response[-1] == own, "one without an end gets the tokenizer's"
 
 
 REFUSES = "{{ raise_exception('roles must alternate') }}"
@@ -150,7 +166,7 @@ REFUSES = "{{ raise_exception('roles must alternate') }}"
 )
 def test_a_conversation_that_cannot_be_laid_out_is_named(messages: object, template: str | None, complaint: str):
     with pytest.raises(ValueError, match=complaint):
-        tokenise_conversations(
+        tokenise(
             [{"messages": messages}], Conversations(path="x.jsonl"), chat_tokenizer(template), max_prompt=99, max_response=99
         )
 
@@ -158,7 +174,7 @@ def test_a_conversation_that_cannot_be_laid_out_is_named(messages: object, templ
 def test_a_missing_field_is_named_with_file_and_row():
     rows = [{"prompt": "a", "response": "b"}, {"question": "a", "response": "b"}]
     with pytest.raises(ValueError, match=r"x\.jsonl, row 2: no field 'prompt' \(the row has question, response\)"):
-        tokenise_pairs(rows, Pairs(path="x.jsonl"), text_tokenizer(), max_prompt=8, max_response=8)
+        tokenise(rows, Pairs(path="x.jsonl"), text_tokenizer(), max_prompt=8, max_response=8)
 
 
 def test_files_are_read_whatever_their_form(tmp_path: Path):

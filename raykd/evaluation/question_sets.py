@@ -86,7 +86,7 @@ def _question_set(
             raise ValueError(f"suite {suite.name}: answers of {suite.max_tokens} tokens fill the context of {model}, {context}")
         longest = min(room, max_prompt or room)
         if isinstance(suite, Suite):
-            question_set.free[suite.name] = questions(suite, rows[suite.name], tokenizer, longest)
+            question_set.free[suite.name] = questions(suite, rows[suite.name], tokenizer, longest, question_set.eos_ids)
         else:
-            question_set.labelled[suite.name] = label_questions(suite, rows[suite.name], tokenizer, longest)
+            question_set.labelled[suite.name] = label_questions(suite, rows[suite.name], tokenizer, longest, question_set.eos_ids)
     return question_set

@@ -10,7 +10,7 @@ from typing import Self
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from raykd.prompts import tokenise_pairs
+from raykd.prompts import tokenise
 from raykd.records import Prompt
 from raykd.sources import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, LOADERS, Pairs, Row
 from raykd.value import Value
@@ -80,18 +80,21 @@ class LabelQuestion:
     label: int
 
 
-def questions(suite: Suite, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_prompt: int) -> list[Question]:
-    """The rows whose prompt has at most ``max_prompt`` tokens; raises ValueError naming the suite when there is none."""
-    prompts = _tokenise(suite, rows, suite.data, tokenizer, max_prompt, suite.max_tokens)
+def questions(
+    suite: Suite, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_prompt: int, eos_ids: Sequence[int] = ()
+) -> list[Question]:
+    """The rows whose prompt has at most ``max_prompt`` tokens; raises ValueError naming the suite when there is none. ``eos_ids``
+    end an answer, by default the tokenizer's EOS does."""
+    prompts = _tokenise(suite, rows, suite.data, tokenizer, max_prompt, eos_ids)
     return [_question(suite, rows[_row(prompt)], prompt, tokenizer) for prompt in prompts]
 
 
 def label_questions(
-    suite: LabelSuite, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_prompt: int
+    suite: LabelSuite, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_prompt: int, eos_ids: Sequence[int] = ()
 ) -> list[LabelQuestion]:
     """As ``questions``; each word is tokenised as the continuation of the prompt."""
     words = [
-        _tokenise(suite, rows, suite.data.model_copy(update={"response": word}), tokenizer, max_prompt, suite.max_tokens)
+        _tokenise(suite, rows, suite.data.model_copy(update={"response": word}), tokenizer, max_prompt, eos_ids)
         for word in suite.words
     ]
     asked = [LabelQuestion(_row(row[0]), row, rows[_row(row[0])].get(suite.label, -1)) for row in zip(*words, strict=True)]
@@ -149,10 +152,15 @@ def _accepted(suite: Suite, row: Row, index: int) -> tuple[str, ...]:
 
 
 def _tokenise(
-    suite: _Suite, rows: Sequence[Row], data: Pairs, tokenizer: PreTrainedTokenizerBase, max_prompt: int, max_response: int
+    suite: Suite | LabelSuite,
+    rows: Sequence[Row],
+    data: Pairs,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt: int,
+    eos_ids: Sequence[int],
 ) -> list[Prompt]:
     try:
-        return tokenise_pairs(rows, data, tokenizer, max_prompt=max_prompt, max_response=max_response)
+        return tokenise(rows, data, tokenizer, max_prompt=max_prompt, max_response=suite.max_tokens, eos_ids=eos_ids)
     except ValueError as error:
         raise ValueError(f"suite {suite.name}: {error}") from error
 
