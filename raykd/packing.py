@@ -3,14 +3,16 @@
     prompt a | response a1 | response a2 | prompt b + response b1        one row of S positions, S the number of real tokens
 
 Every response attends to its prompt and to itself. A prompt that several responses share stands once: it is computed once, and
-gets the gradients of all. Architectures whose attention does more (sliding windows, capped scores, recurrence) are read
-right-padded instead, one row a response; which it is, ``can_pack`` finds out by trying. Both give the same states.
+gets the gradients of all. Layers may see all of a text or a sliding window of it, and cap their scores (Gemma 2). Architectures
+whose layers do more (chunks, attention sinks, recurrence) are read right-padded instead, one row a response; which it is,
+``can_pack`` finds out by trying. Both give the same states.
 
 Shapes: R rows, S positions, H hidden width.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 from typing import Any, NamedTuple
@@ -20,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ATTENTION = "raykd_packed"
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -63,17 +64,17 @@ class Ragged(NamedTuple):
             longest=(max(own), max(all_seen)),
         )
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """``[1, heads, S, width] -> [1, S, heads, width]``."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None = None) -> Tensor:
+        """``[1, heads, S, width] -> [1, S, heads, width]``; ``window``: of how many positions, itself one of them, each sees."""
         from torch.nn.attention.varlen import varlen_attn
 
         grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
         queries, keys, values = (heads[0].transpose(0, 1) for heads in (query, key, value))
         if self.keys is not None:
             keys, values = keys[self.keys], values[self.keys]
-        causal = (-1, 0)
+        seen = (window - 1 if window else -1, 0)  # before itself, -1 is all; behind itself
         ends = (self.query_ends, self.key_ends)
-        found = varlen_attn(queries, keys, values, *ends, *self.longest, scale=scale, window_size=causal, **grouped)
+        found = varlen_attn(queries, keys, values, *ends, *self.longest, scale=scale, window_size=seen, **grouped)
         assert isinstance(found, Tensor)
         return found[None]
 
@@ -159,25 +160,48 @@ def packed(prompts: Sequence[Tokens], responses: Sequence[Tokens]) -> Layout:
     )
 
 
+def keep_softcap(model: PreTrainedModel) -> None:
+    """Have an architecture with capped attention scores compute them: transformers' usual attention leaves the cap out."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+
+
 @torch.no_grad()
 def can_pack(model: PreTrainedModel) -> bool:
     """Whether packed and plain states are the same; if so, the model is set up to read both."""
+    keep_softcap(model)
     usual = str(model.config._attn_implementation)
     prompts, responses = ((1, 2, 3), (4, 5), (4, 5), ()), ((6, 7, 8), (9, 10), (11, 12, 13), (14, 15))
     together, apart = (lay(prompts, responses).to(model.device) for lay in (packed, padded))
-    plain = apart.states(model.base_model)
-    try:
-        model.set_attn_implementation(ATTENTION)
-        found = together.states(model.base_model)
-    except (TypeError, ValueError):  # its attention takes other arguments, or asks for what is not done here
-        error = math.inf
-    else:
-        pairs = zip(together.predictors, apart.predictors, strict=True)
-        error = max(float((found[one] - plain[other]).abs().max()) for one, other in pairs)
+    with _narrow_windows(model):
+        plain = apart.states(model.base_model)
+        try:
+            model.set_attn_implementation(ATTENTION)
+            found = together.states(model.base_model)
+        except (TypeError, ValueError):  # its attention takes other arguments, or asks for what is not done here
+            error = math.inf
+        else:
+            pairs = zip(together.predictors, apart.predictors, strict=True)
+            error = max(float((found[one] - plain[other]).abs().max()) for one, other in pairs)
     same = error <= TOLERANCE[plain.dtype] * float(plain.abs().max())
     if not same:
         model.set_attn_implementation(usual)
     return same
+
+
+@contextmanager
+def _narrow_windows(model: PreTrainedModel) -> Iterator[None]:
+    """Windows and chunks of two positions: narrower than the texts of a trial, which would not show them otherwise."""
+    owners = [model.base_model.config, *model.modules()]
+    widths = [(owner, name) for owner in owners for name in ("sliding_window", "attention_chunk_size")]
+    before = [(*width, value) for width in widths if isinstance(value := getattr(*width, None), int) and value > 0]
+    try:
+        for owner, name, _ in before:
+            setattr(owner, name, 2)
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
 
 
 def packed_attention(
@@ -190,16 +214,19 @@ def packed_attention(
     scaling: float | None = None,
     segments: Sequence[Segment] | None = None,
     ragged: Ragged | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Attention of each segment alone; ``[1, heads, S, width] -> [1, S, heads, width]``. Without segments, of whole rows."""
-    if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
-    asked = [name for name in ("sliding_window", "softcap", "position_bias", "s_aux") if others.get(name) is not None]
+    asked = [name for name in ("position_bias", "s_aux") if others.get(name) is not None]
     if asked or attention_mask is not None or dropout:
         raise ValueError(f"packed attention knows no {', '.join(asked) or 'mask and no dropout'}")
-    if ragged is not None and _flash_takes(query):
-        return ragged.attend(query, key, value, scaling), None
+    rules = scaling, sliding_window or None, softcap
+    if segments is None:
+        return _attend(query, key, value, *rules).transpose(1, 2).contiguous(), None
+    if ragged is not None and softcap is None and _flash_takes(query):
+        return ragged.attend(query, key, value, *rules[:2]), None
 
     dtype = query.dtype
     if query.device.type == "cpu" and dtype == torch.bfloat16 and query.requires_grad:
@@ -211,17 +238,32 @@ def packed_attention(
     places = {segment.own.start: place for place, segment in enumerate(segments)}
 
     def attend(place: int, before: slice | None) -> Tensor:
-        q, k, v = queries[place], keys[place], values[place]
-        mask = None
+        k, v = keys[place], values[place]
         if before is not None:
             k, v = (torch.cat([heads[places[before.start]], heads[place]], 2) for heads in (keys, values))
-            size = (q.shape[2], k.shape[2])
-            mask = torch.ones(size, dtype=torch.bool, device=q.device).tril(size[1] - size[0])
-        grouped = q.shape[1] != k.shape[1]
-        return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped)
+        return _attend(queries[place], k, v, *rules)
 
     attended = torch.cat([attend(place, segment.before) for place, segment in enumerate(segments)], 2)
     return attended.transpose(1, 2).contiguous().to(dtype), None
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, softcap: float | None) -> Tensor:
+    """Causal attention ``[R, heads, queries, width]`` of the last positions of the keys, each to at most ``window`` of them:
+    softmax(s) v, or softmax(c tanh(s / c)) v with a softcap c, of the scaled scores s."""
+    size = q.shape[2], k.shape[2]
+    first = size[1] - size[0]
+    mask = None
+    if first or softcap or (window and window < size[1]):
+        mask = torch.ones(size, dtype=torch.bool, device=q.device).tril(first)
+        mask = mask.triu(first + 1 - window) if window else mask
+    grouped = q.shape[1] != k.shape[1]
+    if mask is None or softcap is None:
+        return scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=grouped)
+    if grouped:
+        k, v = (heads.repeat_interleave(q.shape[1] // k.shape[1], 1) for heads in (k, v))
+    scores = (q @ k.transpose(2, 3)) * (scale or q.shape[3] ** -0.5)
+    capped = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
+    return torch.softmax(capped, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
 
 
 def _flash_takes(query: Tensor) -> bool:

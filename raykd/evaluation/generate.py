@@ -79,7 +79,10 @@ def write_with_transformers(
     import torch
     from transformers import AutoModelForCausalLM
 
+    from raykd.packing import keep_softcap
+
     writer = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, engine.dtype)).eval()
+    keep_softcap(writer)
     writer.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]  it lost its signature
     padding_rows = list(range(engine.vocab_size or writer.config.vocab_size, writer.config.vocab_size))
     rules = {
