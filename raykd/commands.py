@@ -183,10 +183,26 @@ class Dashboard(Value):
         say(console, f"dashboard: {dashboard(self.entity, self.project).save().url}")
 
 
+class LanguageModel(Value):
+    """Write the language model of a checkpoint that takes images or sound, too, as one for text alone: what raykd distils."""
+
+    model: tyro.conf.Positional[str]
+    """Hugging Face folder, or a name on the Hub."""
+    output: tyro.conf.Positional[Path]
+    """Folder to write it to, with its tokenizer."""
+
+    def run(self, console: Console) -> None:
+        from raykd.language_model import save_language_model
+
+        save_language_model(self.model, self.output)
+        say(console, f"language model: {self.output}")
+
+
 app = SubcommandApp()
 app.command(name="evaluate")(Evaluate)
 app.command(name="report")(Report)
 app.command(name="dashboard")(Dashboard)
+app.command(name="language-model")(LanguageModel)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from raykd.actors import ModelFacts
 from raykd.experiment import Experiment, Model
 from raykd.lora import check_targets
-from raykd.pretrained import eos_ids, load, locate
+from raykd.pretrained import check_kind, eos_ids, known_ids, load, load_config, locate
 from raykd.prompts import eos_id
 
 OF_ANY_ARCHITECTURE = ("model_type", "quantization_config", "rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
@@ -36,16 +36,11 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
                 f"({len(tokenizer)} and {len(teacher_tokenizer)} ids): their distributions cannot be compared; "
                 "choose a pair that shares one"
             )
-    for role, model in (("student", experiment.student), ("teacher", experiment.teacher)):
-        if model is None:
-            continue
-        config = _architecture(role, model.scratch) if model.scratch else load(f"{role}.path", model.path, AutoConfig)
-        if config.is_encoder_decoder:
-            raise ValueError(f"{role}: {config.model_type} is an encoder-decoder model; raykd distils causal models")
+    for role, model in _roles(experiment).items():
+        config = _config(role, model, tokenizer)
         if model.scratch is None:
             _check_weights(role, model.path)
-        if config.vocab_size < len(tokenizer):
-            raise ValueError(f"{role}: vocab_size {config.vocab_size} is smaller than the tokenizer's {len(tokenizer)} ids")
+        known_ids(role, tokenizer, config)
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and limit < experiment.max_length:
             raise ValueError(
@@ -64,7 +59,7 @@ def model_facts(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, fold
     return ModelFacts(
         student=_model_folder("student", experiment.student, tokenizer, experiment, folder),
         teacher=_model_folder("teacher", teacher, tokenizer, experiment, folder) if teacher else None,
-        vocab_size=len(tokenizer),
+        vocab_size=vocabulary(experiment, tokenizer),
         eos_ids=ends(experiment.student, tokenizer),
         max_length=experiment.max_length,
         seed=experiment.seed,
@@ -72,9 +67,24 @@ def model_facts(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, fold
     )
 
 
+def vocabulary(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The size of the vocabulary that student and teacher share: every softmax runs over exactly these ids."""
+    return min(known_ids(role, tokenizer, _config(role, model, tokenizer)) for role, model in _roles(experiment).items())
+
+
 def ends(student: Model, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that end a response, of the data's and of everybody's who writes."""
     return (eos_id(tokenizer),) if student.scratch else eos_ids(locate("student.path", student.path), tokenizer)
+
+
+def _roles(experiment: Experiment) -> dict[str, Model]:
+    return {"student": experiment.student} | ({"teacher": experiment.teacher} if experiment.teacher else {})
+
+
+def _config(role: str, model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    if model.scratch is None:
+        return load_config(f"{role}.path", model.path)
+    return _architecture(role, {"vocab_size": len(tokenizer), **model.scratch})
 
 
 def _architecture(role: str, scratch: dict[str, Any]) -> PreTrainedConfig:
@@ -82,7 +92,9 @@ def _architecture(role: str, scratch: dict[str, Any]) -> PreTrainedConfig:
     kind = str(scratch.get("model_type", ""))
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"{role}.scratch: model_type {kind!r} is no architecture of transformers; name one, e.g. llama")
-    known = {*vars(CONFIG_MAPPING[kind]()), *CONFIG_MAPPING[kind].attribute_map, *OF_ANY_ARCHITECTURE}
+    usual = CONFIG_MAPPING[kind]()
+    check_kind(f"{role}.scratch", usual)
+    known = {*vars(usual), *usual.attribute_map, *OF_ANY_ARCHITECTURE}
     if unknown := sorted(set(scratch) - known):
         raise ValueError(f"{role}.scratch: {kind} has no field {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     try:
@@ -135,7 +147,7 @@ def _model_folder(role: str, model: Model, tokenizer: PreTrainedTokenizerBase, e
         return locate(f"{role}.path", model.path)
     if not target.exists():
         torch.manual_seed(experiment.seed)
-        config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **model.scratch})
+        config = _config(role, model, tokenizer)
         config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, None
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(target)
         tokenizer.save_pretrained(target)

@@ -1,9 +1,16 @@
-"""A model by the name that users give it: where it lies, what is read from there, and which ids end its responses."""
+"""A model by the name that users give it: where it lies, what is read there, which ids it knows and which end a response."""
 
 from pathlib import Path
 from typing import Any
 
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from raykd.prompts import eos_id
 
@@ -26,6 +33,47 @@ def load(who: str, name: str, loader: Any) -> Any:
         return loader.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"{who} {name} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def load_config(who: str, name: str) -> PreTrainedConfig:
+    """The configuration of a causal model of text; ValueError for any other."""
+    config = load(who, name, AutoConfig)
+    check_kind(f"{who} {name}", config)
+    return config
+
+
+def check_kind(who: str, config: PreTrainedConfig) -> None:
+    """Raise ValueError unless it is the configuration of a causal model of text."""
+    if config.is_encoder_decoder:
+        raise ValueError(f"{who}: {config.model_type} is an encoder-decoder model; raykd distils causal models")
+    if config.get_text_config() is not config:
+        raise ValueError(
+            f"{who}: {config.model_type} takes more than text; `raykd language-model MODEL FOLDER` writes the language model of "
+            "one alone: name that folder"
+        )
+
+
+def load_model(folder: str, loader: Any = AutoModelForCausalLM, **options: Any) -> PreTrainedModel:
+    """A model with all its weights; ValueError for a checkpoint that lacks some, which transformers would draw at random."""
+    model, found = loader.from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{folder}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} among them: it is "
+            "incomplete, or another kind of model"
+        )
+    return model
+
+
+def known_ids(who: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> int:
+    """How many of the tokenizer's ids, from 0, a model has rows for: all, or all but tokens that were added at the end and that
+    texts do not have (Gemma 3's 1B: the one of images). ValueError where others are missing."""
+    rows: Any = config.vocab_size
+    added: Any = tokenizer.added_tokens_decoder
+    if not set(range(rows, len(tokenizer))) <= set(added):
+        raise ValueError(
+            f"{who}: vocab_size {rows} is smaller than the tokenizer's {len(tokenizer)} ids; they do not belong together"
+        )
+    return min(rows, len(tokenizer))
 
 
 def eos_ids(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

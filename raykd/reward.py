@@ -6,11 +6,13 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from raykd.experiment import ClassifierReward, FunctionReward, RewardConfig
+from raykd.pretrained import load_model
 from raykd.records import Rollout
 
 Rate = Callable[[list[str], list[str]], Sequence[float]]
@@ -44,7 +46,7 @@ class Classifier:
     def __init__(self, config: ClassifierReward) -> None:
         self._config = config
         self._tokenizer = AutoTokenizer.from_pretrained(config.path)
-        self._model = AutoModelForSequenceClassification.from_pretrained(config.path).eval()
+        self._model: Any = load_model(config.path, AutoModelForSequenceClassification).eval()
         self._tokenizer.truncation_side = "left"  # the response is at the end
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token

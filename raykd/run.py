@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from raykd.checkpoints import newest_checkpoint, restore_data, restore_workers
 from raykd.experiment import Experiment, FunctionReward
-from raykd.models import check_models, ends, model_facts
+from raykd.models import check_models, ends, model_facts, vocabulary
 from raykd.phases import Position
 from raykd.prompts import Data, PromptStream, pack_text, tokenise, tokenise_documents
+from raykd.records import Prompt
 from raykd.report import write_report
 from raykd.reward import load_function
 from raykd.run_directory import describe, new_folder, refuse_changes
@@ -93,6 +94,7 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
     else:
         prompts = tokenise(rows, source, tokenizer, max_prompt=experiment.max_prompt, **limits)
         reason = f"too long for max_prompt {experiment.max_prompt}"
+    _check_ids(prompts, vocabulary(experiment, tokenizer), tokenizer)
     left_out = f"data {source.path}: {len(prompts):,} of {len(rows):,} rows are used, the others are {reason}"
     held_out = experiment.evaluation.prompts
     if len(prompts) <= held_out:
@@ -107,7 +109,9 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
     text = None
     if experiment.text is not None:
         length = min(experiment.text_length, experiment.max_length)
-        text = PromptStream(pack_text(read_rows(experiment.text), experiment.text, tokenizer, length=length), experiment.seed + 1)
+        chunks = pack_text(read_rows(experiment.text), experiment.text, tokenizer, length=length)
+        _check_ids(chunks, vocabulary(experiment, tokenizer), tokenizer)
+        text = PromptStream(chunks, experiment.seed + 1)
     return Data(
         prompts=PromptStream(shuffled[held_out:], experiment.seed),
         held_out=shuffled[:held_out],
@@ -115,6 +119,16 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
         text=text,
         left_out=left_out if len(prompts) < len(rows) else "",
     )
+
+
+def _check_ids(prompts: Sequence[Prompt], vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a token that student or teacher has no row for."""
+    for prompt in prompts:
+        if (largest := max(prompt.tokens + prompt.response)) >= vocab_size:
+            raise ValueError(
+                f"data {prompt.id} (counted from 0) has the token {tokenizer.convert_ids_to_tokens(largest)}, which student or "
+                "teacher has no row for; leave it out"
+            )
 
 
 def connect(experiment: Experiment) -> None:

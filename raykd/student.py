@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from raykd.algorithms.base import Algorithm
 from raykd.collate import MicroBatch
@@ -22,6 +22,7 @@ from raykd.lora import adapt
 from raykd.mismatch import recorded_logprobs, with_mismatch
 from raykd.packing import can_pack, packed, padded
 from raykd.payloads import Probe
+from raykd.pretrained import load_config, load_model
 from raykd.projection import Head, weighted_loss
 
 HEAD_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
@@ -107,13 +108,11 @@ class Student(nn.Module):
     ) -> None:
         """``sharded``: ZeRO-3 will spread the parameters over the ranks, the teacher's head among them."""
         super().__init__()
-        config = AutoConfig.from_pretrained(folder)
-        if config.is_encoder_decoder:
-            raise ValueError(f"{folder}: {config.model_type} is an encoder-decoder model; the learner trains causal models")
+        config = load_config("student", folder)
         self._rates = dropout_rates(config)
         for name in self._rates:
             setattr(config, name, 0.0)
-        self.model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+        self.model = load_model(folder, config=config, dtype=dtype)
         _mend_generation_config(self.model)
         # DeepSpeed casts every parameter to the student's dtype: a teacher of another one is kept whole.
         sharded = sharded and teacher_head is not None and teacher_head.weight.dtype == dtype

@@ -131,7 +131,8 @@ def test_conversations_are_data_with_options_of_their_own(
         ({"model_type": "lama"}, "student.scratch: model_type 'lama' is no architecture"),
         (LLAMA | {"hiden_size": 64}, "student.scratch: llama has no field hiden_size; it has "),
         (LLAMA | {"hidden_size": "64"}, "student.scratch: "),
-        ({"model_type": "t5"}, "student: t5 is an encoder-decoder model"),
+        ({"model_type": "t5"}, "student.scratch: t5 is an encoder-decoder model"),
+        ({"model_type": "gemma3"}, "student.scratch: gemma3 takes more than text"),
     ],
 )
 def test_an_architecture_that_cannot_be_made_is_refused(

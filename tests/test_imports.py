@@ -15,7 +15,7 @@ ROWS = (
     ("payloads", "records", "logprobs", "value", "provenance", "chat", "sources"),
     ("divergences", "surrogates", "projection", "packing", "fused", "compiled", "cpu_products", "gpu_products"),
     ("algorithms", "prompts", "replay", "sharing", "gpu_sharing", "between_nodes", "weights", "tracking", "usage", "experiment"),
-    ("collate", "rank", "lora", "mismatch", "student", "engine", "pretrained"),
+    ("collate", "rank", "lora", "mismatch", "student", "engine", "pretrained", "language_model"),
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "report"),
     ("workers", "start", "phases", "validation", "checkpoints", "train", "models", "run_directory"),

@@ -1,17 +1,18 @@
 """A model by the name that users give it."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from example_text import text_tokenizer
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, LlamaConfig
 
 from raykd.algorithms import GKD
 from raykd.experiment import EvaluationConfig, Experiment, Model, Stage
-from raykd.models import model_facts
-from raykd.pretrained import eos_ids, locate
+from raykd.models import model_facts, vocabulary
+from raykd.pretrained import eos_ids, known_ids, load_model, locate
 from raykd.run import prepare
 from raykd.sources import Pairs
 
@@ -34,6 +35,7 @@ def test_a_response_ends_at_the_tokenizers_eos_and_at_those_that_the_model_lists
     tokenizer = text_tokenizer()
     own = tokenizer.eos_token_id
     assert isinstance(own, int) and eos_ids(str(tmp_path), tokenizer) == (own,), "no generation_config.json"
+    LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(2 * (json.dumps({"prompt": "a", "response": tokenizer.decode([11, 7, 5])}) + "\n"))
     run = Experiment(
@@ -66,3 +68,53 @@ def test_an_eos_copied_from_the_architectures_default_is_no_wish(tmp_path: Path)
     model.generation_config.eos_token_id = [7, 5]
     model.save_pretrained(tmp_path)
     assert eos_ids(str(tmp_path), tokenizer) == (tokenizer.eos_token_id, 7, 5), "nobody's default is a list"
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path: Path) -> None:
+    """transformers draws them at random, and says so only in its log."""
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=16, tie_word_embeddings=True, **sizes))
+    model.save_pretrained(tmp_path)
+    assert load_model(str(tmp_path)).get_output_embeddings() is not None, "tied weights stand there once"
+    weights = {name: tensor for name, tensor in model.state_dict().items() if "layers" not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    with pytest.raises(
+        ValueError, match=r"lacks 9 weights of LlamaForCausalLM, model.layers.0.input_layernorm.weight among them"
+    ):
+        load_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"lacks 1\d weights of LlamaForSequenceClassification, .* another kind of model"):
+        load_model(str(tmp_path), AutoModelForSequenceClassification)
+
+
+def test_a_model_may_lack_rows_for_tokens_that_were_added_at_the_end_and_no_others() -> None:
+    tokenizer = deepcopy(text_tokenizer())
+    usual = len(tokenizer)
+    assert known_ids("student", tokenizer, LlamaConfig(vocab_size=usual + 9)) == usual, "padded"
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    for rows, known in ((usual, usual), (usual + 1, usual + 1)):
+        assert known_ids("student", tokenizer, LlamaConfig(vocab_size=rows)) == known
+    with pytest.raises(
+        ValueError, match=rf"student: vocab_size {usual - 1} is smaller than the tokenizer's {usual + 1} ids; they"
+    ):
+        known_ids("student", tokenizer, LlamaConfig(vocab_size=usual - 1))
+
+
+def test_a_token_that_a_model_has_no_row_for_is_named(tmp_path: Path) -> None:
+    tokenizer = deepcopy(text_tokenizer())
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    (rows := tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "<image>"}\n')
+    llama = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    student = Model(path="unused", scratch=llama)
+    run = Experiment(
+        name="x",
+        student=student,
+        teacher=student.model_copy(update={"scratch": llama | {"vocab_size": len(tokenizer) - 1}}),
+        data=Pairs(path=str(rows)),
+        stages=(Stage(algorithm=GKD(), steps=1),),
+        evaluation=EvaluationConfig(prompts=1),
+    )
+    assert vocabulary(run, tokenizer) == len(tokenizer) - 1
+    with pytest.raises(ValueError, match=r"data rows.jsonl:1 \(counted from 0\) has the token <image>, which student or teacher"):
+        prepare(run, tokenizer)
+    prepared = prepare(run.model_copy(update={"teacher": student}), tokenizer)
+    assert len(prepared.held_out) == 1, "a model from scratch has a row for each"

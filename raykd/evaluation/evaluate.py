@@ -106,7 +106,7 @@ def answer(evaluation: Evaluation, question_set: QuestionSet) -> Answers:
     asked = [(question.prompt, suite.max_tokens) for suite in evaluation.free for question in question_set.free[suite.name]]
     engine = EngineSettings(
         max_length=max(len(prompt.tokens) + limit for prompt, limit in asked),
-        vocab_size=len(question_set.tokenizer),
+        vocab_size=question_set.vocab_size,
         **evaluation.engine.model_dump(),
     )
     seeds = in_own_process(write, question_set.folder, engine, evaluation.decoding, question_set.eos_ids, asked)
@@ -149,7 +149,8 @@ def likelihoods(
     }
     config = TeacherConfig(dtype=evaluation.engine.dtype)
     guide = question_sets[teacher].folder if teacher else None
-    return in_own_process(score, question_set.folder, guide, config, len(question_set.tokenizer), texts, question_set.labelled)
+    vocab_size = min(question_set.vocab_size, question_sets[teacher].vocab_size) if teacher else question_set.vocab_size
+    return in_own_process(score, question_set.folder, guide, config, vocab_size, texts, question_set.labelled)
 
 
 def _opinion(

@@ -77,11 +77,11 @@ def write_with_transformers(
 ) -> list[list[Rollout]]:
     """As the papers' public code does: one generator for all rows, a batch is over when its last answer is."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     from raykd.packing import keep_softcap
+    from raykd.pretrained import load_model
 
-    writer = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, engine.dtype)).eval()
+    writer = load_model(model, dtype=getattr(torch, engine.dtype)).eval()
     keep_softcap(writer)
     writer.to("cuda" if torch.cuda.is_available() else "cpu")  # pyright: ignore[reportArgumentType]  it lost its signature
     padding_rows = list(range(engine.vocab_size or writer.config.vocab_size, writer.config.vocab_size))

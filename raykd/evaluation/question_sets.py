@@ -4,10 +4,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raykd.evaluation.suites import LabelQuestion, LabelSuite, Question, Row, Suite, label_questions, questions
-from raykd.pretrained import eos_ids, load, locate
+from raykd.pretrained import eos_ids, known_ids, load, load_config, locate
 from raykd.prompts import eos_id
 from raykd.records import Rollout
 from raykd.sources import read_rows
@@ -19,6 +19,8 @@ class QuestionSet:
 
     folder: str
     tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    """Ids that the model has rows for."""
     eos_ids: tuple[int, ...]
     """Those that end its answers."""
     free: dict[str, list[Question]]
@@ -77,9 +79,10 @@ def _question_set(
     model: str, suites: Sequence[Suite | LabelSuite], rows: Mapping[str, Sequence[Row]], max_prompt: int | None
 ) -> QuestionSet:
     tokenizer = load("model", model, AutoTokenizer)
-    context = getattr(load("model", model, AutoConfig), "max_position_embeddings", None) or sys.maxsize
-    folder = locate("model", model)
-    question_set = QuestionSet(folder, tokenizer, eos_ids(folder, tokenizer), {}, {})
+    config, folder = load_config("model", model), locate("model", model)
+    context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    vocab_size = known_ids(f"model {model}", tokenizer, config)
+    question_set = QuestionSet(folder, tokenizer, vocab_size, eos_ids(folder, tokenizer), {}, {})
     for suite in suites:
         room = context - suite.max_tokens
         if room < 1:

@@ -5,11 +5,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from raykd.experiment import TeacherConfig
 from raykd.fused import fuse
 from raykd.packing import can_pack, packed, padded
+from raykd.pretrained import load_model
 from raykd.projection import Head
 from raykd.records import Rollout
 from raykd.student import verify_head
@@ -39,8 +40,7 @@ class PrefillStates:
 
     def __init__(self, model: str | PreTrainedModel, config: TeacherConfig, device: torch.device) -> None:
         """``model`` is a folder, a name on the Hub, or the model itself."""
-        loaded = isinstance(model, PreTrainedModel)
-        causal = model if loaded else AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, config.dtype))
+        causal = model if isinstance(model, PreTrainedModel) else load_model(model, dtype=getattr(torch, config.dtype))
         causal.to(device)  # pyright: ignore[reportArgumentType]  transformers wraps it without its signature
         causal = causal.eval().requires_grad_(False)
         fuse(causal)
