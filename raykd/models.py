@@ -30,11 +30,17 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
     tokenizer = load("student.path", experiment.student.path, AutoTokenizer)
     if experiment.teacher is not None:
         teacher_tokenizer = load("teacher.path", experiment.teacher.path, AutoTokenizer)
-        if teacher_tokenizer.get_vocab() != tokenizer.get_vocab() or teacher_tokenizer.eos_token_id != tokenizer.eos_token_id:
+        if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise ValueError(
                 f"student.path {experiment.student.path} and teacher.path {experiment.teacher.path} have different tokenizers "
                 f"({len(tokenizer)} and {len(teacher_tokenizer)} ids): their distributions cannot be compared; "
                 "choose a pair that shares one"
+            )
+        if (end := eos_id(teacher_tokenizer)) not in ends(experiment.student, tokenizer):
+            raise ValueError(
+                f"teacher.path {experiment.teacher.path} ends a response with {teacher_tokenizer.eos_token}, after which "
+                f"student.path {experiment.student.path} would go on: add {end} to eos_token_id in the student's "
+                "generation_config.json, or make it the eos_token of its tokenizer"
             )
     for role, model in _roles(experiment).items():
         config = _config(role, model, tokenizer)

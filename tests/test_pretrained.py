@@ -1,17 +1,18 @@
 """A model by the name that users give it."""
 
 import json
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 from example_text import text_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from raykd.algorithms import GKD
 from raykd.experiment import EvaluationConfig, Experiment, Model, Stage
-from raykd.models import model_facts, vocabulary
+from raykd.models import check_models, model_facts, vocabulary
 from raykd.pretrained import eos_ids, known_ids, load_model, locate
 from raykd.run import prepare
 from raykd.sources import Pairs
@@ -118,3 +119,28 @@ def test_a_token_that_a_model_has_no_row_for_is_named(tmp_path: Path) -> None:
         prepare(run, tokenizer)
     prepared = prepare(run.model_copy(update={"teacher": student}), tokenizer)
     assert len(prepared.held_out) == 1, "a model from scratch has a row for each"
+
+
+def test_a_teacher_may_end_where_its_student_does_too(tmp_path: Path) -> None:
+    """As an instruction-tuned teacher and a student that is not: the same ids, and another EOS."""
+    tokenizer = deepcopy(text_tokenizer())
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_attention_heads=1)
+    ).save_pretrained(tmp_path / "student")
+    shutil.copytree(tmp_path / "student", tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "student")
+    tokenizer.eos_token = "!"
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    run = Experiment(
+        name="x",
+        student=Model(path=str(tmp_path / "student")),
+        teacher=Model(path=str(tmp_path / "teacher")),
+        data=Pairs(path="x"),
+        stages=(Stage(algorithm=GKD(), steps=1),),
+    )
+    with pytest.raises(
+        ValueError, match=r"teacher ends a response with !, after which .*student would go on: add 2 to eos_token_id"
+    ):
+        check_models(run)
+    GenerationConfig(eos_token_id=[1, 2]).save_pretrained(tmp_path / "student")
+    check_models(run)

@@ -8,7 +8,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raykd.evaluation.suites import LabelQuestion, LabelSuite, Question, Row, Suite, label_questions, questions
 from raykd.pretrained import eos_ids, known_ids, load, load_config, locate
-from raykd.prompts import eos_id
 from raykd.records import Rollout
 from raykd.sources import read_rows
 
@@ -68,7 +67,7 @@ def ask_all(
 
 def check_pair(student: QuestionSet, teacher: QuestionSet) -> None:
     """Raise ValueError unless both speak the same ids."""
-    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab() or eos_id(student.tokenizer) != eos_id(teacher.tokenizer):
+    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
         raise ValueError(
             f"{student.folder} and the teacher {teacher.folder} have different tokenizers: "
             "their distributions cannot be compared; evaluate without a teacher"
