@@ -14,6 +14,7 @@ os.environ.setdefault("RAYKD_DATA", str(ROOT.parent / "shared"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of models this small a second thread costs more than it computes
 
 
 @pytest.fixture(scope="session")
