@@ -53,6 +53,7 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
                 f"max_prompt {experiment.max_prompt} + max_response {experiment.max_response} = {experiment.max_length} tokens, "
                 f"but {role}.path {model.path} takes at most {limit}; lower one of the two"
             )
+        _check_positions(role, model, config, experiment)
         _check_engines(role, model, config, experiment)
         if role == "student" and experiment.learner.lora.rank:
             check_targets(config, experiment.learner.lora.targets)
@@ -113,6 +114,20 @@ def _check_weights(role: str, path: str) -> None:
     folder = Path(locate(f"{role}.path", path))
     if folder.is_dir() and not any(any(folder.glob(f"*.{suffix}")) for suffix in ("safetensors", "bin")):
         raise ValueError(f"{role}.path {path} has a configuration and no weights (*.safetensors); copy them there")
+
+
+def _check_positions(role: str, model: Model, config: PreTrainedConfig, experiment: Experiment) -> None:
+    """Raises ValueError where long texts have other position embeddings than short ones: transformers takes those for the longest
+    text of a batch, vLLM those for the longest that it may be given."""
+    ropes = getattr(config, "rope_parameters", None) or {}
+    for rope in (ropes, *ropes.values()):  # for all layers, or by their kind
+        limit = rope.get("original_max_position_embeddings") if isinstance(rope, dict) else None
+        if limit and rope.get("rope_type") == "longrope" and limit < experiment.max_length:
+            raise ValueError(
+                f"max_prompt {experiment.max_prompt} + max_response {experiment.max_response} = {experiment.max_length} tokens, "
+                f"but {role}.path {model.path} has other position embeddings (longrope) from {limit} tokens on, which shorter "
+                "texts would get in some programs and not in others; lower one of the two"
+            )
 
 
 def _check_engines(role: str, model: Model, config: PreTrainedConfig, experiment: Experiment) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 
 import pytest
 from example_text import text_tokenizer
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Phi3Config,
+)
 
 from raykd.algorithms import GKD
 from raykd.experiment import EvaluationConfig, Experiment, Model, Stage
@@ -144,3 +151,38 @@ def test_a_teacher_may_end_where_its_student_does_too(tmp_path: Path) -> None:
         check_models(run)
     GenerationConfig(eos_token_id=[1, 2]).save_pretrained(tmp_path / "student")
     check_models(run)
+
+
+def test_texts_that_are_longer_than_the_short_position_embeddings_of_a_model_are_refused(tmp_path: Path) -> None:
+    """transformers and vLLM choose between the two by different lengths."""
+    tokenizer = text_tokenizer()
+    factors: dict[str, Any] = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = Phi3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        pad_token_id=None,
+        eos_token_id=None,
+        max_position_embeddings=512,
+        original_max_position_embeddings=64,
+        rope_parameters=factors,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    run = Experiment(
+        name="x",
+        student=Model(path=str(tmp_path)),
+        teacher=Model(path=str(tmp_path)),
+        data=Pairs(path="x"),
+        stages=(Stage(algorithm=GKD(), steps=1),),
+        max_prompt=40,
+        max_response=24,
+    )
+    check_models(run)
+    with pytest.raises(
+        ValueError, match=r"max_prompt 41 \+ max_response 24 = 65 tokens, but student.path .* \(longrope\) from 64"
+    ):
+        check_models(run.model_copy(update={"max_prompt": 41}))
