@@ -47,6 +47,9 @@ class PrefillStates:
         self._causal: Any = causal  # its ``generate`` has no usable annotations
         self._lay = packed if can_pack(causal) else padded
         self._batch_tokens, self._device = config.batch_tokens, device
+        # vLLM runs some architectures by transformers' own classes, and has these ask from then on whether they are compiled: an
+        # engine that writes in this process would break a model that was there before.
+        self._causal.get_decoder().do_not_compile = True
         self.head = head_of(causal)
         verify_head(causal, self.head, f"teacher {causal.name_or_path}")
 
