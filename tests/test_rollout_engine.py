@@ -235,6 +235,26 @@ def test_after_the_first_update_weights_are_copied_in_place_and_nothing_is_misse
             torch.testing.assert_close(torch.tensor(completion.logprobs), expected, atol=1e-4, rtol=0)
 
 
+def test_a_tensor_that_the_loader_makes_itself_is_not_missed_by_a_plan():
+    """As vLLM does with the bias of some heads."""
+    from raykd.rollout.load_plan import LoadPlan, Recorder
+
+    published = {"weight": torch.ones(2, 3), "bias": torch.ones(2)}
+    for late in (False, True):
+        layer = torch.nn.Linear(3, 2, bias=not late)
+        recorder = Recorder(layer)
+        if late:
+            layer.bias = torch.nn.Parameter(torch.empty(2))
+        with torch.no_grad(), recorder:
+            for name, tensor in recorder.watched(list(published.items())):
+                getattr(layer, name).copy_(tensor)
+        if late:
+            with pytest.raises(NotImplementedError, match="puts bias into a tensor that it makes itself"):
+                LoadPlan(layer, recorder, torch.float32)
+        else:
+            assert LoadPlan(layer, recorder, torch.float32).missing({"weight"}) == ["bias"]
+
+
 def test_a_damaged_bucket_is_refused_before_any_weight_changes():
     student, update = worker(STORIES), publish(perturbed(reference(STORIES), seed=6), version=9)
     before = greedy(student.engine, PROMPTS[0], 30)

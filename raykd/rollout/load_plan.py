@@ -112,6 +112,8 @@ class LoadPlan:
                 matrix = PackedMatrix(weight)
                 self._plan(copies, partial(self._into, matrix))
                 packed.append((owner, matrix))
+        if unseen := [name for name in recorder.published if name not in self._writes]:
+            raise NotImplementedError(f"the loader puts {unseen[0]} into a tensor that it makes itself, or nowhere")
         for layer, matrix in packed:
             layer.cpu_linear = lambda x, weight, bias, matrix=matrix: matrix.linear(x, bias)
 
