@@ -160,12 +160,14 @@ class Learner:
         self._shelves = Shelves(window=Window())
 
     def publish(self, version: int, held: Collection[int] = ()) -> WeightUpdate | None:
-        """Copy the weights to memory that this node shares, under their Hugging Face names, tied ones once; all ranks gather,
-        rank 0 copies. The versions ``held`` stay what they are, others may be written over."""
+        """Copy the weights to memory that this node shares, named as in their checkpoint, tied ones once; all ranks gather, rank
+        0 copies. The versions ``held`` stay what they are, others may be written over."""
         groups = self._gathered()
         if self.rank == 0:
-            sizes = [_bytes(self._state[name]) for name in self._distinct()]
-            return self._shelves.publish(version, groups, sizes, held)
+            whole = {name: _without_values(self._state[name]) for name in self._distinct()}
+            sizes = [tensor.nbytes for tensor in self._student.as_in_checkpoint(whole).values()]
+            published = ([*self._student.as_in_checkpoint(dict(group)).items()] for group in groups)
+            return self._shelves.publish(version, published, sizes, held)
         for _ in groups:  # gathered with the others
             pass
         return None
@@ -320,6 +322,11 @@ class _Sums:
 def _prefix(terms: Sequence[LossTerm], term: LossTerm) -> str:
     """The first term's metrics keep their names; those of others carry the algorithm's."""
     return "" if term is terms[0] else f"{type(term.algorithm).__name__.lower()}/"
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    """Shape and dtype of the whole tensor, also where this rank holds only its ZeRO-3 part."""
+    return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from raykd.algorithms.base import Algorithm
 from raykd.collate import MicroBatch
@@ -158,6 +159,11 @@ class Student(nn.Module):
         """One entry of ``state`` as it leaves the learner, merged with its adapter; valid while its parts are gathered."""
         tensor = self._state[name].detach()
         return self._adapters[name].merged(tensor) if name in self._adapters else tensor
+
+    def as_in_checkpoint(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Entries of ``state`` under the names and in the parts of the model's checkpoint, as engines read them: transformers
+        keeps all experts of a layer as one tensor and calls some layers otherwise. Parts are views where they can be."""
+        return revert_weight_conversion(self.model, tensors) if getattr(self.model, "_weight_conversions", None) else tensors
 
     @contextmanager
     def saved_config(self) -> Iterator[None]:

@@ -11,7 +11,15 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
+from transformers.core_model_loading import revert_weight_conversion
 
 from raykd.engine.starting import prepare
 from raykd.rollout.config import EngineSettings
@@ -117,8 +125,8 @@ def perturbed(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 
 def publish(model: PreTrainedModel, version: int, shelves: Shelves | None = None) -> WeightUpdate:
-    """What a learner sends: each parameter once, so no head where it is tied to the embedding; four to a bucket."""
-    named = list(model.named_parameters())
+    """What a learner sends: each parameter once, named as in a checkpoint, so no head where it is tied; four to a bucket."""
+    named = sorted(revert_weight_conversion(model, dict(model.named_parameters())).items())
     groups = (named[first : first + 4] for first in range(0, len(named), 4))
     shelves = shelves or Shelves()
     update = shelves.publish(version, groups, [tensor.nbytes for _, tensor in named])

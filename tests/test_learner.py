@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from raykd.algorithms import KD, SFT, MiniLLM
@@ -181,6 +182,7 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, results: Any) -> No
                 (stage, offload): bfloat16_case(stage, offload, port, folder) for stage in STAGES for offload in (False, True)
             }
             found["wrong head"] = wrong_head_case(port, folder)
+        found["experts"] = {stage: experts_case(rank, ranks, stage, port, folder) for stage in (0, 3)}
         results.put((rank, pickle.dumps(found)))
     except BaseException as error:
         import traceback
@@ -310,15 +312,27 @@ def wrong_head_case(port: int, folder: Path) -> str:
     return ""
 
 
+def experts_case(rank: int, ranks: int, stage: ZeroStage, port: int, folder: Path) -> dict[str, Tensor]:
+    from raykd.learner import Learner
+
+    config = LearnerConfig(ranks=ranks, zero_stage=stage, dtype="float32")
+    learner = Learner(str(folder / "experts"), config=config, rank=rank, address=("127.0.0.1", port), vocab_size=VOCAB)
+    weights = published(learner)
+    learner.close()
+    return weights
+
+
 # --- the tests ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Untrained students, tied and untied, that every learner starts from."""
-    from transformers import AutoModelForCausalLM
+    """Untrained students, tied, untied and with experts, that every learner starts from."""
+    from transformers import AutoModelForCausalLM, MixtralConfig
 
     folder = tmp_path_factory.mktemp("learner")
+    experts = MixtralConfig(**{**student_config(False).to_diff_dict(), "model_type": "mixtral", "num_local_experts": 3})
+    AutoModelForCausalLM.from_config(experts).save_pretrained(folder / "experts")
     for tied in (False, True):
         torch.manual_seed(0)
         AutoModelForCausalLM.from_config(student_config(tied)).save_pretrained(folder / f"student-{tied}")
@@ -399,6 +413,17 @@ def test_published_and_saved_weights_are_those_of_a_plain_loop(
     plain.load_state_dict(expected)
     assert torch.allclose(saved.eval()(ids).logits, plain.eval()(ids).logits, atol=1e-4)
     assert saved.config.attention_dropout == 0.3
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("stage", [0, 3])
+def test_weights_are_published_as_the_checkpoint_has_them(runs: dict[int, Any], folder: Path, stage: int) -> None:
+    """Which transformers does not: it keeps all experts of a layer as one tensor."""
+    stored = load_file(folder / "experts" / "model.safetensors")
+    assert sum("experts" in name for name in stored) == 2 * 3 * 3
+    weights = runs[0]["experts"][stage]
+    assert weights.keys() == stored.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in stored.items())
 
 
 @pytest.mark.stack

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config
@@ -94,6 +95,34 @@ def test_loss_and_gradient_are_those_of_the_models_own_logits_whatever_the_paddi
     loss.backward()
     for (name, mine), theirs in zip(student.model.named_parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, atol=1e-5, rtol=1e-5, msg=name)
+
+
+EXPERTS = {**LLAMA_LIKE, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("llama", LLAMA_LIKE),
+        ("gpt2", ARCHITECTURES["gpt2"]),
+        ("mixtral", {**EXPERTS, "num_local_experts": 3}),
+        ("qwen3_moe", {**EXPERTS, "num_experts": 3, "moe_intermediate_size": 16}),
+    ],
+)
+def test_weights_leave_under_the_names_and_in_the_parts_of_the_checkpoint(
+    tmp_path: Path, kind: str, fields: dict[str, Any]
+) -> None:
+    """Of a layer's experts transformers makes one tensor."""
+    stored = load_file(Path(saved_model(tmp_path, kind, fields)) / "model.safetensors")
+    student = make_student(str(tmp_path))
+    tied = {id(tensor): name for name, tensor in reversed(student.state().items())}
+    state = {name: student.whole(name) for name in tied.values()}
+    published = student.as_in_checkpoint(state)
+    one_by_one = [student.as_in_checkpoint({name: tensor}) for name, tensor in state.items()]
+    assert len(published) == sum(map(len, one_by_one)) == len(stored)
+    for name, tensor in stored.items():
+        assert torch.equal(published[name], tensor)
+        assert any(name in part and torch.equal(part[name], tensor) for part in one_by_one)
 
 
 def test_an_architecture_that_does_more_to_its_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from rollout_stack import STORIES, STORIES_EOS, inspect_here
+from rollout_stack import STORIES, STORIES_EOS, chosen_logprobs, inspect_here, new_engine, perturbed, publish, wait
 from safetensors.torch import load_file, save_file
 from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU
-from test_student import ARCHITECTURES, VOCAB, saved_model
+from test_student import ARCHITECTURES, LLAMA_LIKE, VOCAB, saved_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -182,6 +182,45 @@ def test_two_tensor_parallel_processes_compute_the_same_states() -> None:
     found = Scores(offsets=offsets, hidden=hidden, logprobs=logprobs, log_normaliser=log_normaliser)
     given = rollouts(LENGTHS, STORIES_VOCAB)
     agree(found, of_stories()[0].score(given, Needs.BOTH), given)
+
+
+MORE_THAN_COPIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},  # first: vLLM makes its groups for it
+    "phi": {"num_key_value_heads": 4},
+}
+"""Models whose updates are not mere copies: experts, which vLLM lays out anew on CPU, and a bias of the head, for which it makes
+a new tensor each time. The second it runs by transformers' own classes, which it changes."""
+
+
+def write_beside_a_teacher(folder: Path, results: Any) -> None:
+    given = rollouts([(3, 9), (5, 4)], VOCAB)
+    for kind, fields in MORE_THAN_COPIES.items():
+        model = saved_model(folder / kind, kind, {**LLAMA_LIKE, **fields, "initializer_range": 0.3})
+        changed = [perturbed(AutoModelForCausalLM.from_pretrained(model), seed) for seed in (1, 2)]
+        for each in changed:
+            decoder: Any = each.get_decoder()
+            decoder.do_not_compile = True
+            for parameter in each.parameters():
+                parameter.data += 0.1 * (parameter.ndim == 1)  # biases are zero at first
+        teacher = Teacher(model, TeacherConfig(dtype="float32"), vocab_size=VOCAB)
+        before = teacher.score(given, Needs.BOTH)
+        engine = new_engine(model, vocab_size=VOCAB, max_length=32)
+        agree(teacher.score(given, Needs.BOTH), before, given)
+        for version, now in enumerate(changed, start=1):
+            wait(engine.load(publish(now, version)))
+            written = wait(engine.complete([5, 6], 20, seed=version))
+            expected = chosen_logprobs(now, [5, 6, *written.tokens], 2)
+            torch.testing.assert_close(torch.tensor(written.logprobs), expected, atol=1e-4, rtol=0)
+    results.put("done")
+
+
+def test_an_engine_beside_a_teacher_takes_every_update_and_leaves_the_teacher_as_it_was(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=write_beside_a_teacher, args=(tmp_path, results))
+    process.start()
+    process.join(timeout=300)
+    assert process.exitcode == 0 and results.get(timeout=10) == "done"
 
 
 def eight_bits(folder: Path) -> PreTrainedModel:

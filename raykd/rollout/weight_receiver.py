@@ -75,6 +75,8 @@ class BucketReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Make every layer wait for its values."""
         self._loaded: set[str] = set()
         if self.plan is None:
+            if current_platform.is_cpu():
+                forget_expert_kernels(self.model)
             initialize_layerwise_reload(self.model)
             self._recorder = Recorder(self.model) if current_platform.is_cpu() else None
 
@@ -160,6 +162,15 @@ def unfilled_layers(model: nn.Module) -> dict[str, bool]:
         else:
             filled.update(map(id, parameters))
     return {name: filled.issuperset(map(id, parameters)) for name, parameters in waiting.items()}
+
+
+def forget_expert_kernels(model: nn.Module) -> None:
+    """Have the kernels of experts made anew at the end of an update: on CPU vLLM lays out the experts' matrices when it makes a
+    kernel, and would leave a later update's as they were loaded."""
+    methods: list[Any] = [getattr(layer, "quant_method", None) for layer in model.modules()]
+    for method in methods:
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def cut_vocabulary(model: Any, vocab_size: int) -> None:
