@@ -4,6 +4,8 @@ On the policy that wrote the text it is the disagreement of two programs, later 
 recorded tokens: those of the data set have nothing to differ from.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor, nan, where
 
 from raykd.logprobs import gather
@@ -12,6 +14,8 @@ from raykd.records import Batch
 
 RECORDED = "recorded_logprob"
 MISMATCH, SHARE = "logprob_mismatch", "recorded_share"
+MOST = 0.3
+"""Nats a token: rounding to bfloat16 makes a few hundredths, an architecture that engine or learner gets wrong about one."""
 
 
 def recorded_logprobs(batch: Batch) -> dict[str, Tensor]:
@@ -39,3 +43,13 @@ def over_recorded(metrics: dict[str, float]) -> dict[str, float]:
             of_term = name.removesuffix(SHARE) + MISMATCH
             means[of_term] = metrics[of_term] / share
     return means
+
+
+def disagreement(metrics: Mapping[str, float]) -> str:
+    """One sentence where the programs disagree about text that the learner's own weights wrote; else nothing."""
+    if metrics.get(MISMATCH, 0.0) <= MOST:
+        return ""
+    return (
+        f"engine and learner disagree about this student by {metrics[MISMATCH]:.2f} nats a token, on average over what it has "
+        "just written, where rounding makes a few hundredths; docs/models.md has the families of models that were checked"
+    )

@@ -16,10 +16,11 @@ from pathlib import Path
 from raykd.algorithms.base import Algorithm
 from raykd.checkpoints import keep_best, restore_best, save_checkpoint
 from raykd.experiment import Experiment, Optimiser, Stage
+from raykd.mismatch import disagreement
 from raykd.phases import Phase, Phases, Position, assess
 from raykd.prompts import Data
 from raykd.records import Rollout
-from raykd.tracking import Tracker
+from raykd.tracking import Tracker, say
 from raykd.usage import shares
 from raykd.validation import measure, summary
 from raykd.workers import Term, Workers
@@ -66,6 +67,8 @@ def learn(phase: Phase, stage: Stage, workers: Workers, data: Data, tracker: Tra
     numbers = stage.algorithm.per_step(replace(phase.progress, step=at.step), rows)
     terms = [Term(algorithm=stage.algorithm, rows=rows, numbers=numbers), *text_terms(stage, workers, data)]
     metrics = workers.step(terms, learning_rate(stage.optimiser, at.step, stage.steps))
+    if at.step == 0 and (said := disagreement(metrics)):  # before anything was learned
+        say(tracker.console, said)
     at.step, at.total = at.step + 1, at.total + 1
     written = summary([row.rollout for row in rows], at.total)
     usage = workers.usage.take()
