@@ -19,7 +19,7 @@ demo: install ## Distil a small model, from nothing to a report
 test: install ## All tests
 	@$(PY) -m pytest
 
-test-unit: install ## The tests that start neither Ray nor vLLM nor DeepSpeed, within a minute
+test-unit: install ## The tests that start neither Ray nor vLLM nor DeepSpeed, in a few minutes
 	@$(PY) -m pytest -m "not stack"
 
 check: install ## Format, lint, types: changes nothing
