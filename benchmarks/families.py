@@ -90,8 +90,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     | {"mamba_chunk_size": 32},
 }
 
-Texts = Sequence[Rollout]
-
 
 def save_model(family: str, folder: Path) -> None:
     """A model whose biases and norms are random, too."""
@@ -195,7 +193,7 @@ def logprobs(model: Any, text: Rollout) -> list[float]:
 
 def compare(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     """The largest differences, or that a process ended before."""
-    original, given = _eager(folder), given_texts()
+    original, given = eager(folder), given_texts()
     rows: dict[str, Any] = {"texts": found["texts"]}
     means = [-sum(own) / len(own) for own in (logprobs(original, text)[text.first_predicted :] for text in given)]
     rows["learner"] = max(abs(a - b) for a, b in zip(found["learner"], means, strict=True))
@@ -203,7 +201,7 @@ def compare(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
         if check not in found:
             rows[check] = "ended"
             continue
-        model = _eager(folder / "updated") if check == "updated" else original
+        model = eager(folder / "updated") if check == "updated" else original
         texts = given if check == "teacher" else [_text(p, tokens, Source.STUDENT) for p, tokens, _ in found[check]]
         recorded = found[check] if check == "teacher" else [logprobs for _, _, logprobs in found[check]]
         rows[check] = max(
@@ -214,7 +212,8 @@ def compare(folder: Path, found: dict[str, Any]) -> dict[str, Any]:
     return rows
 
 
-def _eager(folder: Path) -> Any:
+def eager(folder: Path) -> Any:
+    """The model by transformers' own code."""
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 

@@ -299,7 +299,7 @@ class Learner:
         """Parameters and buffers in groups, whole while a group is held; tied ones once."""
         from deepspeed.runtime.zero import GatheredParameters
 
-        for group in grouped({name: _bytes(self._state[name]) for name in self._distinct()}):
+        for group in grouped({name: _without_values(self._state[name]).nbytes for name in self._distinct()}):
             parts = [part for name in group for part in self._student.parts(name)]
             with GatheredParameters([part for part in parts if hasattr(part, "ds_id")]):
                 yield [(name, self._student.whole(name)) for name in group]
@@ -327,8 +327,3 @@ def _prefix(terms: Sequence[LossTerm], term: LossTerm) -> str:
 def _without_values(tensor: Tensor) -> Tensor:
     """Shape and dtype of the whole tensor, also where this rank holds only its ZeRO-3 part."""
     return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
-
-
-def _bytes(tensor: Tensor) -> int:
-    """Bytes of the whole tensor, also where this rank holds only its ZeRO-3 part."""
-    return getattr(tensor, "ds_numel", tensor.numel()) * tensor.itemsize

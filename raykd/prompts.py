@@ -36,7 +36,6 @@ def tokenise(
     Raises ValueError naming the row when a field is missing or nothing is left.
     """
     encode = partial(_encode if source.chat is None else _encode_as_it_stands, tokenizer)
-    ends = eos_ids or (eos_id(tokenizer),)
     prompts = []
     for index, row in enumerate(rows):
         prompt, answer = _texts(source, row, index, tokenizer)
@@ -45,7 +44,7 @@ def tokenise(
             continue
         response, finished = (), True
         if answer is not None:
-            response, finished = _cut(_continuation(encode, tokenizer, prompt, ids, answer), ends, max_response)
+            response, finished = _cut(_continuation(encode, tokenizer, prompt, ids, answer), tokenizer, eos_ids, max_response)
         prompts.append(Prompt(id=f"{Path(source.path).name}:{index}", tokens=ids, response=response, finished=finished))
     if not prompts:
         raise ValueError(f"data set {source.path}: no prompt has at most max_prompt={max_prompt} tokens; raise max_prompt")
@@ -66,7 +65,7 @@ def tokenise_documents(
         ids = _encode(tokenizer, document(source, row, index))
         if len(ids) <= source.prompt_tokens:
             continue
-        response, finished = _cut(ids[source.prompt_tokens :], eos_ids or (eos_id(tokenizer),), max_response)
+        response, finished = _cut(ids[source.prompt_tokens :], tokenizer, eos_ids, max_response)
         name = f"{Path(source.path).name}:{index}"
         prompts.append(Prompt(id=name, tokens=ids[: source.prompt_tokens], response=response, finished=finished))
     if not prompts:
@@ -188,8 +187,11 @@ def _continuation(
     return _encode_as_it_stands(tokenizer, answer)
 
 
-def _cut(ids: tuple[int, ...], ends: Sequence[int], max_response: int) -> tuple[tuple[int, ...], bool]:
-    """Up to the first of ``ends``; where there is none, the first of them is added."""
+def _cut(
+    ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], max_response: int
+) -> tuple[tuple[int, ...], bool]:
+    """Up to the first of ``eos_ids``, by default the tokenizer's EOS; where there is none, the first of them is added."""
+    ends = eos_ids or (eos_id(tokenizer),)
     length = next((place for place, token in enumerate(ids, 1) if token in ends), None)
     whole = ids[:length] if length else (*ids, ends[0])
     return whole[:max_response], len(whole) <= max_response

@@ -94,7 +94,8 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
     else:
         prompts = tokenise(rows, source, tokenizer, max_prompt=experiment.max_prompt, **limits)
         reason = f"too long for max_prompt {experiment.max_prompt}"
-    _check_ids(prompts, vocabulary(experiment, tokenizer), tokenizer)
+    vocab_size = vocabulary(experiment, tokenizer)
+    _check_ids(prompts, vocab_size, tokenizer)
     left_out = f"data {source.path}: {len(prompts):,} of {len(rows):,} rows are used, the others are {reason}"
     held_out = experiment.evaluation.prompts
     if len(prompts) <= held_out:
@@ -110,7 +111,7 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
     if experiment.text is not None:
         length = min(experiment.text_length, experiment.max_length)
         chunks = pack_text(read_rows(experiment.text), experiment.text, tokenizer, length=length)
-        _check_ids(chunks, vocabulary(experiment, tokenizer), tokenizer)
+        _check_ids(chunks, vocab_size, tokenizer)
         text = PromptStream(chunks, experiment.seed + 1)
     return Data(
         prompts=PromptStream(shuffled[held_out:], experiment.seed),

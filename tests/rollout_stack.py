@@ -11,14 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 from transformers.core_model_loading import revert_weight_conversion
 
 from raykd.engine.starting import prepare

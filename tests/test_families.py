@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import EOS, FAMILIES, VOCABULARY, given_texts, logprobs, save_model
-from transformers import AutoModelForCausalLM
+from families import EOS, FAMILIES, VOCABULARY, eager, given_texts, logprobs, save_model
 
 from raykd.student import Student
 
@@ -13,7 +12,7 @@ from raykd.student import Student
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_students_log_probs_are_those_of_its_familys_own_code(family: str, tmp_path: Path) -> None:
     save_model(family, tmp_path)
-    own = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, attn_implementation="eager").eval()
+    own = eager(tmp_path)
     student = Student(
         str(tmp_path), dtype=torch.float32, vocab_size=VOCABULARY, chunk=None, teacher_head=None, activation_checkpointing=False
     )

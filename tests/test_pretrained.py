@@ -25,6 +25,13 @@ from raykd.run import prepare
 from raykd.sources import Pairs
 
 
+def experiment(student: Model, teacher: Model, data: str = "x") -> Experiment:
+    """A step of GKD, with one prompt held out."""
+    stages = (Stage(algorithm=GKD(), steps=1),)
+    evaluation = EvaluationConfig(prompts=1)
+    return Experiment(name="x", student=student, teacher=teacher, data=Pairs(path=data), stages=stages, evaluation=evaluation)
+
+
 def test_a_folder_a_run_directory_and_a_name_on_the_hub_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
@@ -46,14 +53,8 @@ def test_a_response_ends_at_the_tokenizers_eos_and_at_those_that_the_model_lists
     LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(2 * (json.dumps({"prompt": "a", "response": tokenizer.decode([11, 7, 5])}) + "\n"))
-    run = Experiment(
-        name="x",
-        student=Model(path=str(tmp_path)),
-        teacher=Model(path=str(tmp_path)),
-        data=Pairs(path=str(rows)),
-        stages=(Stage(algorithm=GKD(), steps=1),),
-        evaluation=EvaluationConfig(prompts=1),
-    )
+    model = Model(path=str(tmp_path))
+    run = experiment(model, model, data=str(rows))
     for listed, others, answer in (
         ([7, own, 5, 7], (7, 5), (11, 7)),
         (own, (), (11, 7, 5, own)),
@@ -113,14 +114,8 @@ def test_a_token_that_a_model_has_no_row_for_is_named(tmp_path: Path) -> None:
     (rows := tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "<image>"}\n')
     llama = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     student = Model(path="unused", scratch=llama)
-    run = Experiment(
-        name="x",
-        student=student,
-        teacher=student.model_copy(update={"scratch": llama | {"vocab_size": len(tokenizer) - 1}}),
-        data=Pairs(path=str(rows)),
-        stages=(Stage(algorithm=GKD(), steps=1),),
-        evaluation=EvaluationConfig(prompts=1),
-    )
+    teacher = student.model_copy(update={"scratch": llama | {"vocab_size": len(tokenizer) - 1}})
+    run = experiment(student, teacher, data=str(rows))
     assert vocabulary(run, tokenizer) == len(tokenizer) - 1
     with pytest.raises(ValueError, match=r"data rows.jsonl:1 \(counted from 0\) has the token <image>, which student or teacher"):
         prepare(run, tokenizer)
@@ -138,13 +133,7 @@ def test_a_teacher_may_end_where_its_student_does_too(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "student")
     tokenizer.eos_token = "!"
     tokenizer.save_pretrained(tmp_path / "teacher")
-    run = Experiment(
-        name="x",
-        student=Model(path=str(tmp_path / "student")),
-        teacher=Model(path=str(tmp_path / "teacher")),
-        data=Pairs(path="x"),
-        stages=(Stage(algorithm=GKD(), steps=1),),
-    )
+    run = experiment(Model(path=str(tmp_path / "student")), Model(path=str(tmp_path / "teacher")))
     with pytest.raises(
         ValueError, match=r"teacher ends a response with !, after which .*student would go on: add 2 to eos_token_id"
     ):
@@ -172,15 +161,8 @@ def test_texts_that_are_longer_than_the_short_position_embeddings_of_a_model_are
     )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    run = Experiment(
-        name="x",
-        student=Model(path=str(tmp_path)),
-        teacher=Model(path=str(tmp_path)),
-        data=Pairs(path="x"),
-        stages=(Stage(algorithm=GKD(), steps=1),),
-        max_prompt=40,
-        max_response=24,
-    )
+    model = Model(path=str(tmp_path))
+    run = experiment(model, model).model_copy(update={"max_prompt": 40, "max_response": 24})
     check_models(run)
     with pytest.raises(
         ValueError, match=r"max_prompt 41 \+ max_response 24 = 65 tokens, but student.path .* \(longrope\) from 64"
