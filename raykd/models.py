@@ -18,7 +18,7 @@ from transformers.quantizers.auto import AutoHfQuantizer
 from raykd.actors import ModelFacts
 from raykd.experiment import Experiment, Model
 from raykd.lora import check_targets
-from raykd.pretrained import check_kind, eos_ids, known_ids, load, load_config, locate
+from raykd.pretrained import check_kind, eos_ids, known_ids, load, load_config, locate, shared_ids
 from raykd.prompts import eos_id
 
 OF_ANY_ARCHITECTURE = ("model_type", "quantization_config", "rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
@@ -28,14 +28,9 @@ OF_ANY_ARCHITECTURE = ("model_type", "quantization_config", "rope_theta", "rope_
 def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
     """The shared tokenizer; raises ValueError when a model is missing, too short, or speaks other ids than the student."""
     tokenizer = load("student.path", experiment.student.path, AutoTokenizer)
+    vocabulary(experiment, tokenizer)
     if experiment.teacher is not None:
         teacher_tokenizer = load("teacher.path", experiment.teacher.path, AutoTokenizer)
-        if teacher_tokenizer.get_vocab() != tokenizer.get_vocab():
-            raise ValueError(
-                f"student.path {experiment.student.path} and teacher.path {experiment.teacher.path} have different tokenizers "
-                f"({len(tokenizer)} and {len(teacher_tokenizer)} ids): their distributions cannot be compared; "
-                "choose a pair that shares one"
-            )
         if (end := eos_id(teacher_tokenizer)) not in ends(experiment.student, tokenizer):
             raise ValueError(
                 f"teacher.path {experiment.teacher.path} ends a response with {teacher_tokenizer.eos_token}, after which "
@@ -46,7 +41,6 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
         config = _config(role, model, tokenizer)
         if model.scratch is None:
             _check_weights(role, model.path)
-        known_ids(role, tokenizer, config)
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and limit < experiment.max_length:
             raise ValueError(
@@ -76,7 +70,11 @@ def model_facts(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, fold
 
 def vocabulary(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> int:
     """The size of the vocabulary that student and teacher share: every softmax runs over exactly these ids."""
-    return min(known_ids(role, tokenizer, _config(role, model, tokenizer)) for role, model in _roles(experiment).items())
+    known = min(known_ids(role, tokenizer, _config(role, model, tokenizer)) for role, model in _roles(experiment).items())
+    if experiment.teacher is None:
+        return known
+    names = f"student.path {experiment.student.path}", f"teacher.path {experiment.teacher.path}"
+    return min(known, shared_ids(names, (tokenizer, load("teacher.path", experiment.teacher.path, AutoTokenizer))))
 
 
 def ends(student: Model, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -76,6 +76,22 @@ def known_ids(who: str, tokenizer: PreTrainedTokenizerBase, config: PreTrainedCo
     return min(rows, len(tokenizer))
 
 
+def shared_ids(names: tuple[str, str], tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]) -> int:
+    """How many ids, from 0, are the same tokens in both: all, or all but those that were added to one of them alone (Qwen3's
+    ``<think>``, which Qwen2.5 has not). ValueError, with the ``names`` of the two, where they differ in more."""
+    vocabularies: Any = [{index: token for token, index in tokenizer.get_vocab().items()} for tokenizer in tokenizers]
+    shared = min(map(len, tokenizers))
+    added = set().union(*(tokenizer.added_tokens_decoder for tokenizer in tokenizers))
+    for index in sorted(set().union(*vocabularies)):
+        first, second = (vocabulary.get(index) for vocabulary in vocabularies)
+        if first != second and not (index >= shared and index in added):
+            raise ValueError(
+                f"{names[0]} and {names[1]} have different tokenizers (id {index} is {first!r} and {second!r}): their "
+                "distributions cannot be compared; choose a pair that shares one"
+            )
+    return shared
+
+
 def eos_ids(folder: str, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that end a response: the tokenizer's EOS, then what else the model's ``generation_config.json`` lists."""
     try:

@@ -123,12 +123,12 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
 
 
 def _check_ids(prompts: Sequence[Prompt], vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError for a token that student or teacher has no row for."""
+    """Raises ValueError for a token that student or teacher does not know."""
     for prompt in prompts:
         if (largest := max(prompt.tokens + prompt.response)) >= vocab_size:
             raise ValueError(
                 f"data {prompt.id} (counted from 0) has the token {tokenizer.convert_ids_to_tokens(largest)}, which student or "
-                "teacher has no row for; leave it out"
+                "teacher does not know; leave it out"
             )
 
 

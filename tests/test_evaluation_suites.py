@@ -8,7 +8,7 @@ from example_text import text
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raykd.commands import Evaluate
-from raykd.evaluation.question_sets import ask_all, check_pair
+from raykd.evaluation.question_sets import ask_all, share_ids
 from raykd.evaluation.suites import (
     ALPACA,
     BUILT_IN,
@@ -145,7 +145,7 @@ def test_all_models_are_asked_the_same_rows(tmp_path: Path, data: Path):
     question_sets, left_out = ask_all([stories, str(wide)], [suite], 256)
     assert [question_set.rows("mine") for question_set in question_sets.values()] == [{1}, {1}] and left_out == {"mine": 1}
     with pytest.raises(ValueError, match="different tokenizers"):
-        check_pair(question_sets[stories], question_sets[str(wide)])
+        share_ids(question_sets, str(wide))
     with pytest.raises(ValueError, match="answers of 600 tokens fill the context"):
         ask_all([stories], [suite.model_copy(update={"max_tokens": 600})], None)
 

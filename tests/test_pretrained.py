@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 from example_text import text_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -15,12 +17,13 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     Phi3Config,
+    PreTrainedTokenizerFast,
 )
 
 from raykd.algorithms import GKD
 from raykd.experiment import EvaluationConfig, Experiment, Model, Stage
 from raykd.models import check_models, model_facts, vocabulary
-from raykd.pretrained import eos_ids, known_ids, load_model, locate
+from raykd.pretrained import eos_ids, known_ids, load_model, locate, shared_ids
 from raykd.run import prepare
 from raykd.sources import Pairs
 
@@ -51,6 +54,7 @@ def test_a_response_ends_at_the_tokenizers_eos_and_at_those_that_the_model_lists
     own = tokenizer.eos_token_id
     assert isinstance(own, int) and eos_ids(str(tmp_path), tokenizer) == (own,), "no generation_config.json"
     LlamaConfig(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     rows = tmp_path / "rows.jsonl"
     rows.write_text(2 * (json.dumps({"prompt": "a", "response": tokenizer.decode([11, 7, 5])}) + "\n"))
     model = Model(path=str(tmp_path))
@@ -108,17 +112,45 @@ def test_a_model_may_lack_rows_for_tokens_that_were_added_at_the_end_and_no_othe
         known_ids("student", tokenizer, LlamaConfig(vocab_size=usual - 1))
 
 
-def test_a_token_that_a_model_has_no_row_for_is_named(tmp_path: Path) -> None:
+def test_tokenizers_may_differ_by_tokens_that_were_added_to_one_of_them() -> None:
+    """As Qwen3's do from Qwen2.5's."""
+    names = ("student.path a", "teacher.path b")
+
+    def ids(texts: str, *added: str) -> PreTrainedTokenizerFast:
+        words = {word: index for index, word in enumerate(texts.split())}
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(words, unk_token="a")))
+        tokenizer.add_tokens(list(added))
+        return tokenizer
+
+    plain, thinks = ids("a b c", "<end>"), ids("a b c", "<end>", "<think>", "</think>")
+    assert [shared_ids(names, pair) for pair in ((plain, thinks), (thinks, plain), (thinks, thinks))] == [4, 4, 6]
+    for other, said in (
+        (ids("a b c", "<end>", "<image>"), r"\(id 4 is '<think>' and '<image>'\)"),
+        (ids("a b c d", "<end>"), r"\(id 3 is '<end>' and 'd'\)"),
+        (ids("a c b", "<end>"), r"\(id 1 is 'b' and 'c'\)"),
+    ):
+        with pytest.raises(ValueError, match=rf"student.path a and teacher.path b have different tokenizers {said}: their"):
+            shared_ids(names, (thinks, other))
+    with pytest.raises(ValueError, match=r"id 2 is None and 'c'"):
+        shared_ids(names, (ids("a b"), ids("a b c")))  # which nobody added
+
+
+def test_a_token_that_student_or_teacher_does_not_know_is_named(tmp_path: Path) -> None:
     tokenizer = deepcopy(text_tokenizer())
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     (rows := tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "<image>"}\n')
     llama = {"model_type": "llama", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
-    student = Model(path="unused", scratch=llama)
-    teacher = student.model_copy(update={"scratch": llama | {"vocab_size": len(tokenizer) - 1}})
-    run = experiment(student, teacher, data=str(rows))
-    assert vocabulary(run, tokenizer) == len(tokenizer) - 1
-    with pytest.raises(ValueError, match=r"data rows.jsonl:1 \(counted from 0\) has the token <image>, which student or teacher"):
-        prepare(run, tokenizer)
+    for name, ids in (("all", tokenizer), ("fewer", text_tokenizer())):
+        ids.save_pretrained(tmp_path / name)
+    student = Model(path=str(tmp_path / "all"), scratch=llama)
+    for teacher in (
+        student.model_copy(update={"scratch": llama | {"vocab_size": len(tokenizer) - 1}}),
+        Model(path=str(tmp_path / "fewer"), scratch=llama),
+    ):
+        run = experiment(student, teacher, data=str(rows))
+        assert vocabulary(run, tokenizer) == len(tokenizer) - 1
+        with pytest.raises(ValueError, match=r"data rows.jsonl:1 \(counted from 0\) has the token <image>, which student or"):
+            prepare(run, tokenizer)
     prepared = prepare(run.model_copy(update={"teacher": student}), tokenizer)
     assert len(prepared.held_out) == 1, "a model from scratch has a row for each"
 

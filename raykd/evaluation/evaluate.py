@@ -17,7 +17,7 @@ from raykd.evaluation.harness import check_harness, run_harness
 from raykd.evaluation.judge import Case, Judge, check_judge, judge_answers, summary
 from raykd.evaluation.likelihood import Likelihoods, Texts, score
 from raykd.evaluation.measures import on_answers
-from raykd.evaluation.question_sets import QuestionSet, ask_all, check_pair
+from raykd.evaluation.question_sets import QuestionSet, ask_all, share_ids
 from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
 from raykd.evaluation.suites import LabelSuite, Question, Suite
 from raykd.experiment import EngineConfig, TeacherConfig
@@ -70,7 +70,9 @@ class Answers:
 def evaluate(evaluation: Evaluation, console: Console) -> tuple[Results, list[dict[str, Any]]]:
     """The results, and every answer as a row; raises ValueError for what can be known to be wrong before a model starts."""
     question_sets, left_out = ask_all(evaluation.everyone, evaluation.suites, evaluation.max_prompt)
-    _check(evaluation, question_sets)
+    if evaluation.teacher:
+        question_sets = share_ids(question_sets, evaluation.teacher)
+    _check(evaluation)
 
     def each(what: str, do: Callable[[str], T]) -> dict[str, T]:
         found = {}
@@ -149,8 +151,7 @@ def likelihoods(
     }
     config = TeacherConfig(dtype=evaluation.engine.dtype)
     guide = question_sets[teacher].folder if teacher else None
-    vocab_size = min(question_set.vocab_size, question_sets[teacher].vocab_size) if teacher else question_set.vocab_size
-    return in_own_process(score, question_set.folder, guide, config, vocab_size, texts, question_set.labelled)
+    return in_own_process(score, question_set.folder, guide, config, question_set.vocab_size, texts, question_set.labelled)
 
 
 def _opinion(
@@ -181,10 +182,7 @@ def rows_of(evaluation: Evaluation, model: str, question_set: QuestionSet, answe
     ]
 
 
-def _check(evaluation: Evaluation, question_sets: Mapping[str, QuestionSet]) -> None:
-    if evaluation.teacher:
-        for model in evaluation.models:
-            check_pair(question_sets[model], question_sets[evaluation.teacher])
+def _check(evaluation: Evaluation) -> None:
     if evaluation.judge:
         check_judge(evaluation.judge)
     if evaluation.harness_tasks:

@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from raykd.evaluation.suites import LabelQuestion, LabelSuite, Question, Row, Suite, label_questions, questions
-from raykd.pretrained import eos_ids, known_ids, load, load_config, locate
+from raykd.pretrained import eos_ids, known_ids, load, load_config, locate, shared_ids
 from raykd.records import Rollout
 from raykd.sources import read_rows
 
@@ -19,7 +19,7 @@ class QuestionSet:
     folder: str
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
-    """Ids that the model has rows for."""
+    """Ids that its distributions run over."""
     eos_ids: tuple[int, ...]
     """Those that end its answers."""
     free: dict[str, list[Question]]
@@ -65,13 +65,16 @@ def ask_all(
     return question_sets, left_out
 
 
-def check_pair(student: QuestionSet, teacher: QuestionSet) -> None:
-    """Raise ValueError unless both speak the same ids."""
-    if student.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
-        raise ValueError(
-            f"{student.folder} and the teacher {teacher.folder} have different tokenizers: "
-            "their distributions cannot be compared; evaluate without a teacher"
-        )
+def share_ids(question_sets: Mapping[str, QuestionSet], teacher: str) -> dict[str, QuestionSet]:
+    """The same questions, every distribution over the ids that all models know; ValueError where one speaks other ids than the
+    ``teacher``."""
+    theirs = question_sets[teacher]
+    shared = [
+        shared_ids((ours.folder, f"the teacher {theirs.folder}"), (ours.tokenizer, theirs.tokenizer))
+        for ours in question_sets.values()
+    ]
+    vocab_size = min(*shared, *(question_set.vocab_size for question_set in question_sets.values()))
+    return {model: replace(question_set, vocab_size=vocab_size) for model, question_set in question_sets.items()}
 
 
 def _question_set(
