@@ -2,6 +2,9 @@
 SHELL := bash
 PY := .venv/bin/python
 UV := build/lock/bin/uv
+# Files of tests go to two processes, which have about two cores' work; to one where they would have to share a GPU.
+WORKERS ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo 0 || echo 2)
+PYTEST := $(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help install demo test test-unit check format lock clean
 
@@ -16,11 +19,11 @@ install: .venv/installed ## Make .venv from the lock file (GPU build where there
 demo: install ## Distil a small model, from nothing to a report
 	@$(PY) experiments/quickstart.py
 
-test: install ## All tests
-	@$(PY) -m pytest
+test: install ## All tests, in two processes (WORKERS=0: in one)
+	@$(PYTEST)
 
 test-unit: install ## The tests that start neither Ray nor vLLM nor DeepSpeed, in a few minutes
-	@$(PY) -m pytest -m "not stack"
+	@$(PYTEST) -m "not stack"
 
 check: install ## Format, lint, types: changes nothing
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m pyright

@@ -17,6 +17,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of models this small a second thread costs more than it computes
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start engines come first: where two processes share the tests, short ones at the end keep both busy."""
+    slow = {item.path for item in items if item.get_closest_marker("stack")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def data() -> Path:
     """The folder holding data/ and models/; a test that asks for it skips where there is none."""
