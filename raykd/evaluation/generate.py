@@ -1,6 +1,8 @@
 """Answers in free text, written by a model in a process of its own, which gives every device back when it ends."""
 
 import asyncio
+import logging
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -34,6 +36,7 @@ class Decoding(Value):
 
 def in_own_process(function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """``function(...)`` in a new process: its errors come back, its memory and devices are free when this returns."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # vLLM says where it binds memory to
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=_quieten) as pool:
         try:
             return pool.submit(function, *args, **kwargs).result()
@@ -129,6 +132,7 @@ def _quieten() -> None:
 
     disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # that there is none
 
 
 def _rollout(prompt: Prompt, tokens: list[int], eos_ids: Sequence[int]) -> Rollout:
