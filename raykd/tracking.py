@@ -1,19 +1,34 @@
 """Numbers of a run: ``metrics.jsonl`` always, Weights & Biases beside it, a progress bar on a terminal."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from uuid import uuid4
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 SHOWN = ("loss", "reverse_kl", "response_length")
 """Metrics shown beside the progress bar."""
+LINE_EVERY_S = 60.0
+"""In the log of a job, where there is no bar: a line for every tenth of a stage, and for a step after so much silence."""
+SPEED_OVER_S = 3600.0
+"""What is left is told from the speed of the last hour: steps come in bursts, and some take minutes."""
 
 
 class Tracker:
@@ -33,7 +48,9 @@ class Tracker:
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[numbers]}"),
+            speed_estimate_period=SPEED_OVER_S,
             console=console,
             disable=not console.is_terminal,
         )
@@ -56,7 +73,7 @@ class Tracker:
         if self._task is not None:
             self._progress.stop_task(self._task)
         self._task = self._progress.add_task(description, total=total, completed=done, numbers="")
-        self._description, self._total, self._done = description, total, done
+        self._said = -math.inf  # when a step was last told of in a line
 
     def log(self, step: int, metrics: Mapping[str, float], busy: Mapping[str, float] | None = None) -> None:
         """Record an optimiser step; ``step`` counts over all stages, ``busy`` is the share of the time that each lane worked."""
@@ -67,9 +84,8 @@ class Tracker:
         shown += [f"{lane} {share:.0%} busy" for lane, share in (busy or {}).items()]
         numbers = "  ".join(shown)
         self._progress.update(self._task, advance=1, numbers=numbers)
-        self._done += 1
-        if not self.console.is_terminal and self._done % max(1, self._total // 10) == 0:
-            say(self.console, f"{self._description}  {self._done}/{self._total}  {numbers}")
+        if not self.console.is_terminal:
+            self._say_step(self._progress.tasks[-1], numbers)
 
     def log_held_out(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record held-out numbers under ``heldout/``."""
@@ -80,6 +96,13 @@ class Tracker:
         """Keep answers as text: one line each in ``samples.jsonl``."""
         with (self._run / "samples.jsonl").open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step, **sample}, ensure_ascii=False) + "\n" for sample in samples)
+
+    def _say_step(self, stage: Task, numbers: str) -> None:
+        done, total, now = int(stage.completed), int(stage.total or 0), time.monotonic()
+        if done % max(1, total // 10) == 0 or now - self._said >= LINE_EVERY_S:
+            left = "" if not stage.time_remaining else f"  {timedelta(seconds=stage.time_remaining)} left"
+            say(self.console, f"{stage.description}  {done}/{total}{left}  {numbers}")
+            self._said = now
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         seconds = round(time.monotonic() - self._started, 3)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from raykd import tracking
 from raykd.tracking import Tracker, read_lines
 from raykd.usage import Usage, advice, shares
 from raykd.workers import Workers
@@ -44,6 +46,25 @@ def test_a_run_that_died_within_a_line_goes_on_with_the_next(tmp_path: Path) -> 
         tracker.log(2, {"loss": 0.5})
     lines, unread = read_lines(tmp_path / "metrics.jsonl")
     assert ([line["step"] for line in lines], lines[-1]["loss"], unread) == ([1, 2], 0.5, 1)
+
+
+@pytest.mark.parametrize(("pause", "said"), [(60.0, [1, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 21]), (0.0, [*range(1, 22)])])
+def test_the_log_of_a_job_has_a_line_for_every_tenth_of_a_stage_and_after_a_silence(
+    pause: float, said: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracking, "LINE_EVERY_S", pause)
+    log = StringIO()
+    with Tracker(tmp_path, {}, name="x", wandb=False, project="x", console=Console(file=log)) as tracker:
+        tracker.begin("stage 0: SFT", 20)
+        for step in range(1, 21):
+            tracker.log(step, {"loss": 0.5}, {"learner": 0.25})
+        tracker.begin("stage 1: GKD", 1000, done=20)
+        tracker.log(21, {"loss": 0.5})
+    lines = log.getvalue().splitlines()
+    assert [int(re.findall(r"  (\d+)/", line)[0]) for line in lines] == said
+    assert lines[0] == "stage 0: SFT  1/20  loss 0.500  learner 25% busy", "nothing is known about its speed yet"
+    assert re.match(r"stage 0: SFT  (3|4)/20  0:00:01 left  loss 0.500  learner 25% busy$", lines[2])
+    assert re.match(r"stage 0: SFT  20/20  loss", lines[-2]) and lines[-1] == "stage 1: GKD  21/1000  loss 0.500"
 
 
 def test_an_answer_may_hold_what_unicode_calls_a_line_separator(tmp_path: Path) -> None:
