@@ -151,12 +151,14 @@ class TeacherActor(_Replica):
     async def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
         return await asyncio.to_thread(self._teacher.answer, prompts, max_tokens, self._eos_ids)
 
+    @ray.method(enable_task_events=False)  # hundreds a second, which would push all others out of Ray's record
     async def complete(self, turns: Sequence[tuple[Sequence[int], int, str]], max_tokens: int) -> list[Any]:
         """Continue several texts, each given with its seed and session."""
         engine = self._engine
         assert engine is not None, "no stage mixes teacher tokens in"
         return await asyncio.gather(*(engine.complete(text, max_tokens, seed, session=name) for text, seed, name in turns))
 
+    @ray.method(enable_task_events=False)
     async def forget(self, session: str) -> None:
         if self._engine is not None:
             await self._engine.forget(session)

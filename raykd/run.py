@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,9 +67,9 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
     tracking, config = experiment.tracking, experiment.model_dump(mode="json")
     # Before the workers: Weights & Biases may refuse its key.
     tracker = Tracker(folder, config, name=folder.name, wandb=tracking.wandb, project=tracking.project, console=console)
-    workers = start_workers(experiment, facts)
-    try:
-        with tracker:
+    with closing(tracker):
+        workers = start_workers(experiment, facts)
+        with closing(workers), tracker:
             at = restore_workers(workers, checkpoint) if checkpoint else Position()
             if checkpoint:  # what a checkpoint refuses does not stay in the run directory
                 describe(experiment, folder)
@@ -77,8 +78,6 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
             say(console, advice(folder, max(stage.max_staleness for stage in experiment.stages)))
             workers.save_student(folder / "student")
             tokenizer.save_pretrained(folder / "student")
-    finally:
-        workers.close()
     say(console, f"report: {write_report([folder])}")
     return Result(folder=folder, student=folder / "student", before=before, after=after)
 

@@ -1,5 +1,6 @@
 """Numbers of a run: ``metrics.jsonl`` always, Weights & Biases beside it, a progress bar on a terminal."""
 
+import fcntl
 import json
 import math
 import os
@@ -8,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 from uuid import uuid4
 
 from rich.console import Console
@@ -40,9 +41,14 @@ class Tracker:
     ) -> None:
         self._run = run
         self._file = (run / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
+        _claim(self._file, run)
         if self._file.tell() and not (run / "metrics.jsonl").read_bytes().endswith(b"\n"):
             self._file.write("\n")  # the line in which the run died stays its own
-        self._wandb = _start_wandb(run, experiment, name, project) if wandb else None
+        try:
+            self._wandb = _start_wandb(run, experiment, name, project) if wandb else None
+        except ValueError:
+            self.close()
+            raise
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
@@ -64,9 +70,13 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
-        self._file.close()
+        self.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=0 if error is None else 1)
+
+    def close(self) -> None:
+        """Another process may write the run."""
+        self._file.close()
 
     def begin(self, description: str, total: int, done: int = 0) -> None:
         """Start the progress bar of a stage."""
@@ -109,6 +119,16 @@ class Tracker:
         self._file.write(json.dumps({"step": step, "seconds": seconds, **metrics}) + "\n")
         if self._wandb is not None:
             self._wandb.log({"step": step, **metrics})
+
+
+def _claim(file: TextIO, run: Path) -> None:
+    """No other process writes this run while this one lives. Raises ValueError where one does: a job may outlive its terminal."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{run} is being written by a run that is still going on; end that one first") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def say(console: Console, text: str) -> None:

@@ -67,6 +67,17 @@ def test_the_log_of_a_job_has_a_line_for_every_tenth_of_a_stage_and_after_a_sile
     assert re.match(r"stage 0: SFT  20/20  loss", lines[-2]) and lines[-1] == "stage 1: GKD  21/1000  loss 0.500"
 
 
+def test_a_run_that_is_still_going_on_is_not_resumed_beside_itself(tmp_path: Path) -> None:
+    run = {"name": "x", "wandb": False, "project": "x", "console": Console(quiet=True)}
+    with Tracker(tmp_path, {}, **run) as tracker:
+        tracker.log(1, {"loss": 0.5})
+        with pytest.raises(ValueError, match="is being written by a run that is still going on; end that one first"):
+            Tracker(tmp_path, {}, **run)
+    with Tracker(tmp_path, {}, **run) as tracker:
+        tracker.log(2, {"loss": 0.25})
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")[0]] == [1, 2]
+
+
 def test_an_answer_may_hold_what_unicode_calls_a_line_separator(tmp_path: Path) -> None:
     sample = {"prompt": "a", "student": "one\u2028two\u2029three\x85four\r\nfive"}
     with Tracker(tmp_path, {}, name="x", wandb=False, project="x", console=Console(quiet=True)) as tracker:
