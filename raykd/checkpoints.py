@@ -60,6 +60,13 @@ def newest_checkpoint(run: Path) -> Checkpoint:
     return Checkpoint(folder=folders[-1], position=Position(**state["position"]), streams=state["streams"])
 
 
+def what_is_left(run: Path) -> str:
+    """Of a run that stopped before its end, for its user."""
+    if not (folders := _checkpoints(run)):
+        return f"stopped before the first checkpoint of {run}"
+    return f"stopped; --resume {run} goes on after step {_step(folders[-1])}"
+
+
 def restore_data(data: Data, checkpoint: Checkpoint) -> None:
     """Prompts and text go on where a checkpoint left them; ValueError where they are not the same."""
     data.prompts.restore(checkpoint.streams["prompts"])
@@ -83,7 +90,11 @@ def forget_checkpoints(run: Path, kept: int | None) -> None:
 def _checkpoints(run: Path) -> list[Path]:
     """The complete ones, the newest last."""
     folders = [path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial"]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(folders, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def keep_best(stage: Stage, measured: dict[str, float], workers: Workers, run: Path, at: Position) -> None:

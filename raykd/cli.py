@@ -1,6 +1,7 @@
 """The command line of every experiment: its fields as options, and what to do with it."""
 
 import argparse
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
     """Run ``experiment`` with any of its fields changed by options: ``--stages.0.steps 50``.
 
     ``scales`` names other sizes of the same run, e.g. ``--scale tiny``.
-    Exits with 2 and one sentence where the input is wrong, with 1 where the run failed.
+    Exits with 2 and one sentence where the input is wrong, with 1 where the run failed, with 130 where it was interrupted.
     """
     console = Console()
     options, rest = _options(sorted(scales or {})).parse_known_args()
@@ -54,6 +55,8 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
         result = run(experiment, resume=options.resume, console=console)
     except ValueError as error:
         refuse(console, error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     else:
         say(console, f"student: {result.student}")
 

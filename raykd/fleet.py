@@ -44,6 +44,7 @@ class Fleet:
         logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)  # what it reports is handled here
         self._manager = FaultTolerantActorManager(self.actors)
         self._turn = threading.RLock()  # the manager serves one caller at a time; loading after a restart is part of a call
+        self._closed = False
 
     @property
     def num_healthy(self) -> int:
@@ -71,6 +72,12 @@ class Fleet:
             replicas = self._healthy()
             return list(self._round(method, dict.fromkeys(replicas, 0), [call]).values())
 
+    def close(self) -> None:
+        """Give the replicas back; a call that still waits for one fails."""
+        self._closed = True
+        for actor in self.actors:
+            ray.kill(actor)
+
     def _round(
         self, method: str, assignment: dict[int, int], calls: Sequence[dict[str, Any]], kept: bool = False
     ) -> dict[int, Any]:
@@ -89,6 +96,8 @@ class Fleet:
             except RayTaskError as failure:  # the work itself failed: another replica would fail too
                 raise failure.as_instanceof_cause() from None
             except RayActorError:
+                if self._closed:
+                    raise
                 LOG.warning("%s replica %d has died: others do its work, or it does when it is back", self.name, replica)
                 self._manager.set_actor_state(replica, healthy=False)
             else:

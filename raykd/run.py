@@ -2,8 +2,8 @@
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from raykd.checkpoints import newest_checkpoint, restore_data, restore_workers
+from raykd.checkpoints import newest_checkpoint, restore_data, restore_workers, what_is_left
 from raykd.experiment import Experiment, FunctionReward
 from raykd.models import check_models, ends, model_facts, vocabulary
 from raykd.phases import Position
@@ -67,7 +67,7 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
     tracking, config = experiment.tracking, experiment.model_dump(mode="json")
     # Before the workers: Weights & Biases may refuse its key.
     tracker = Tracker(folder, config, name=folder.name, wandb=tracking.wandb, project=tracking.project, console=console)
-    with closing(tracker):
+    with _tells_what_is_left(console, folder), closing(tracker):
         workers = start_workers(experiment, facts)
         with closing(workers), tracker:
             at = restore_workers(workers, checkpoint) if checkpoint else Position()
@@ -80,6 +80,16 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
             tokenizer.save_pretrained(folder / "student")
     say(console, f"report: {write_report([folder])}")
     return Result(folder=folder, student=folder / "student", before=before, after=after)
+
+
+@contextmanager
+def _tells_what_is_left(console: Console, folder: Path) -> Iterator[None]:
+    """Where it fails or is interrupted."""
+    try:
+        yield
+    except BaseException:
+        say(console, what_is_left(folder))
+        raise
 
 
 def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:

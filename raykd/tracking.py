@@ -44,6 +44,7 @@ class Tracker:
         _claim(self._file, run)
         if self._file.tell() and not (run / "metrics.jsonl").read_bytes().endswith(b"\n"):
             self._file.write("\n")  # the line in which the run died stays its own
+        self._wandb: Any = None
         try:
             self._wandb = _start_wandb(run, experiment, name, project) if wandb else None
         except ValueError:
@@ -70,13 +71,14 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._progress.stop()
-        self.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=0 if error is None else 1)
+        self.close(exit_code=0 if error is None else 1)
 
-    def close(self) -> None:
-        """Another process may write the run."""
+    def close(self, exit_code: int = 1) -> None:
+        """Another process may write the run from now on."""
         self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+            self._wandb = None
 
     def begin(self, description: str, total: int, done: int = 0) -> None:
         """Start the progress bar of a stage."""

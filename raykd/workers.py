@@ -214,8 +214,9 @@ class Workers:
 
     def close(self) -> None:
         """Give every actor back."""
-        fleets = [fleet for fleet in (self.teachers, self.rollouts, self._rater) if fleet]
-        for actor in [*self.learner.ranks, self.replay, *(actor for fleet in fleets for actor in fleet.actors)]:
+        for fleet in filter(None, (self.teachers, self.rollouts, self._rater)):
+            fleet.close()
+        for actor in [*self.learner.ranks, self.replay]:
             ray.kill(actor)
         if self._placement:
             self._placement.release()

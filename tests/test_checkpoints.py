@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raykd.algorithms import SFT
-from raykd.checkpoints import forget_bests, forget_checkpoints, keep_best, newest_checkpoint, restore_best
+from raykd.checkpoints import forget_bests, forget_checkpoints, keep_best, newest_checkpoint, restore_best, what_is_left
 from raykd.experiment import Stage
 from raykd.phases import Position
 
@@ -57,6 +57,8 @@ def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     def names() -> list[str]:
         return sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
 
+    assert what_is_left(tmp_path / "new") == f"stopped before the first checkpoint of {tmp_path / 'new'}"
+    assert what_is_left(tmp_path) == f"stopped; --resume {tmp_path} goes on after step 10"
     assert names() == ["step-10", "step-11.partial", "step-2", "step-9"]
     forget_checkpoints(tmp_path, None)
     assert names() == ["step-10", "step-2", "step-9"], "what a crash left unfinished goes"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,20 @@ def test_a_key_that_weights_and_biases_refuses_is_named_before_any_actor_starts(
         cli.main(experiment(tmp_path / "runs"))
     assert stopped.value.code == 2
     assert "Weights & Biases: " in capsys.readouterr().out
+
+
+def test_an_interrupted_run_says_what_is_left_of_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("raykd.run.connect", lambda experiment: None)
+    monkeypatch.setattr("raykd.run.idle_gpus", lambda experiment: "")
+    monkeypatch.setattr("raykd.run.start_workers", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("sys.argv", ["experiment.py"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(experiment(tmp_path / "runs"))
+    assert stopped.value.code == 130
+    said = capsys.readouterr()
+    assert f"stopped before the first checkpoint of {tmp_path / 'runs'}" in said.out and "Traceback" not in said.out + said.err
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
