@@ -90,8 +90,9 @@ class StudentHead(nn.Module):
 class Student(nn.Module):
     """A Hugging Face causal language model and the loss on top of it.
 
-    Dropout is off: the divergence is between the two models' distributions, and the sampled log-probs come from an engine without
-    dropout. The saved configuration keeps the original rates.
+    It is in evaluation mode, and nothing is drawn at random (dropout, the experts of Phi-3.5-MoE, a router's jitter): the
+    divergence is between the two models' distributions, and the sampled log-probs come from an engine that does nothing of it.
+    The saved configuration keeps the original rates.
     """
 
     def __init__(
@@ -126,9 +127,9 @@ class Student(nn.Module):
         self.lay = packed if can_pack(self.model) else padded
         self._state = self.model.state_dict(keep_vars=True)
         self._adapters = adapt(self.model, lora) if lora is not None and lora.rank else {}
+        self.eval()
         if activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.train()
+            compute_layers_again(self.model)
 
     def forward(self, micro: MicroBatch, algorithm: Algorithm) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the loss and of every metric."""
@@ -186,6 +187,14 @@ def _mend_generation_config(model: PreTrainedModel) -> None:
     except ValueError:
         generation.do_sample = True
         generation.validate(strict=True)
+
+
+def compute_layers_again(model: PreTrainedModel) -> None:
+    """Have each layer computed once more in the backward pass; transformers does that for layers in training mode, and with all
+    that is random in it: their parts stay in evaluation mode, and rates of dropout are to be 0."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
 
 
 def dropout_rates(config: PreTrainedConfig) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM, T5Config
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from raykd.algorithms import SFT
 from raykd.collate import collate
@@ -29,6 +30,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "llama": LLAMA_LIKE,
     "gemma2": {**LLAMA_LIKE, "head_dim": 8, "final_logit_softcapping": 0.5, "pad_token_id": 0},
     "cohere": {**LLAMA_LIKE, "logit_scale": 0.25, "pad_token_id": 0},
+    "cohere2": {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 3, "initializer_range": 0.3, "pad_token_id": 0},
     "granite": {**LLAMA_LIKE, "logits_scaling": 8.0},
     "gpt2": {
         "n_embd": 32,
@@ -98,6 +100,32 @@ def test_loss_and_gradient_are_those_of_the_models_own_logits_whatever_the_paddi
 
 
 EXPERTS = {**LLAMA_LIKE, "num_experts_per_tok": 2, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("mixtral", {**EXPERTS, "num_local_experts": 4, "router_jitter_noise": 0.5}),
+        ("phimoe", EXPERTS),
+        ("opt", ARCHITECTURES["opt"]),
+    ],
+)
+def test_nothing_is_random_where_layers_are_computed_again_or_not(
+    tmp_path: Path, kind: str, fields: dict[str, Any], again: bool
+) -> None:
+    folder = saved_model(tmp_path, kind, fields)
+    student = Student(folder, dtype=torch.float32, vocab_size=VOCAB, chunk=4, teacher_head=None, activation_checkpointing=again)
+    ids = torch.arange(1, 21)[None]
+    layers = [layer for layer in student.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    calls: list[nn.Module] = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, *_: calls.append(layer))
+    states = student.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    own = AutoModelForCausalLM.from_pretrained(folder).base_model(input_ids=ids, use_cache=False).last_hidden_state
+    torch.testing.assert_close(states, own, atol=1e-5, rtol=1e-5)
+    states.sum().backward()
+    assert len(calls) == (1 + again) * len(layers) > 0
 
 
 @pytest.mark.parametrize(
