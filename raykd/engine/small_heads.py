@@ -15,6 +15,8 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, CPUAttentio
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+import raykd.engine.cpu_corrections  # noqa: F401  (every worker on a CPU imports this module)
+
 
 @cache
 def kernel_width(head_size: int) -> int:
