@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from filelock import FileLock, Timeout
+from transformers import AutoConfig
 
 from raykd.experiment import EngineConfig
 
@@ -65,6 +66,7 @@ def _turns(gpu: str) -> FileLock:
 def start(model: str, config: EngineConfig, arguments: dict[str, Any]) -> "LLMEngine":
     """Start vLLM in the calling thread with these arguments of its own; tensor-parallel workers get processes of their own."""
     prepare()
+    arguments = arguments | {"hf_overrides": arguments["hf_overrides"] | as_transformers_computes(model)}
     from vllm import EngineArgs, LLMEngine
     from vllm.platforms import current_platform
 
@@ -91,3 +93,11 @@ def start(model: str, config: EngineConfig, arguments: dict[str, Any]) -> "LLMEn
     )
     with turn_on_gpu():
         return LLMEngine.from_engine_args(shared)
+
+
+def as_transformers_computes(model: str) -> dict[str, Any]:
+    """Fields of a model's configuration by which vLLM computes what transformers does: it widens Cohere 2's windows by a
+    position, as it says they were in training."""
+    config = AutoConfig.from_pretrained(model)
+    widened = config.model_type in ("cohere2", "cohere2_moe") and config.sliding_window
+    return {"sliding_window": config.sliding_window - 1} if widened else {}
