@@ -24,6 +24,9 @@ from raykd.prompts import eos_id
 OF_ANY_ARCHITECTURE = ("model_type", "quantization_config", "rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
 """Fields of a configuration that transformers knows though no architecture lists them."""
 
+NOT_IN_A_RUNNING_ENGINE = ("gpt_oss", "gemma3n_text")
+"""Architectures of which a running engine gets no new weights: vLLM's loader fills some layers unseen by its own reloading."""
+
 
 def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
     """The shared tokenizer; raises ValueError when a model is missing, too short, or speaks other ids than the student."""
@@ -140,6 +143,12 @@ def _check_engines(role: str, model: Model, config: PreTrainedConfig, experiment
     by_vllm = experiment.num_rollouts if role == "student" else experiment.teacher_starts_vllm
     if by_vllm and glob.has_magic(place):
         raise ValueError(f"{role}: vLLM takes {place} for a pattern, since it has a *, a ? or a [; rename it")
+    if by_vllm and role == "student" and config.model_type in NOT_IN_A_RUNNING_ENGINE:
+        raise ValueError(
+            f"student.path {model.path}: vLLM's running engine cannot be given new weights of {config.model_type}, so that this "
+            "student could not write what it has learned; choose another architecture, or only stages that learn from data, with "
+            "evaluation.prompts 0. As a teacher on transformers it works"
+        )
     quantised = getattr(config, "quantization_config", None)
     if quantised and role == "student":
         raise ValueError(

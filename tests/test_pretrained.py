@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from raykd.algorithms import GKD
+from raykd.algorithms import GKD, KD
 from raykd.experiment import EvaluationConfig, Experiment, Model, Stage
 from raykd.models import check_models, model_facts, vocabulary
 from raykd.pretrained import eos_ids, known_ids, load_model, locate, shared_ids
@@ -200,3 +200,15 @@ def test_texts_that_are_longer_than_the_short_position_embeddings_of_a_model_are
         ValueError, match=r"max_prompt 41 \+ max_response 24 = 65 tokens, but student.path .* \(longrope\) from 64"
     ):
         check_models(run.model_copy(update={"max_prompt": 41}))
+
+
+def test_a_student_that_a_running_engine_cannot_take_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    tokenizer = text_tokenizer()
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1}
+    tokenizer.save_pretrained(tmp_path)
+    oss, llama = (Model(path=str(tmp_path), scratch={"model_type": kind, **sizes}) for kind in ("gpt_oss", "llama"))
+    with pytest.raises(ValueError, match=r"student.path .*: vLLM's running engine cannot be given new weights of gpt_oss, so"):
+        check_models(experiment(oss, llama))
+    check_models(experiment(llama, oss))
+    alone = Stage(algorithm=KD(), steps=1)
+    check_models(experiment(oss, oss).model_copy(update={"stages": (alone,), "evaluation": EvaluationConfig(prompts=0)}))

@@ -141,7 +141,7 @@ def _refuse_missing(names: list[str]) -> None:
     if names:
         raise ValueError(
             f"weight update misses values of {len(names)} layers or tensors ({', '.join(names[:3])}): "
-            "publish every parameter under its Hugging Face name"
+            "publish every parameter under its Hugging Face name; if all were, vLLM cannot reload this architecture as it runs"
         )
 
 
