@@ -61,6 +61,13 @@ def load_model(folder: str, loader: Any = AutoModelForCausalLM, **options: Any) 
             f"{folder}: the checkpoint lacks {len(missing)} weights of {type(model).__name__}, {missing[0]} among them: it is "
             "incomplete, or another kind of model"
         )
+    return find_body(model)
+
+
+def find_body(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, whose ``base_model`` is its body: Llama 4's class says that it is called otherwise than it is."""
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
     return model
 
 

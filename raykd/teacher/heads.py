@@ -11,10 +11,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from raykd.pretrained import find_body
 from raykd.projection import Head
 from raykd.student import logit_scale_and_softcap, verify_head
 
-SMALL = {"num_hidden_layers": 1, "vocab_size": 64, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+SMALL = {"num_hidden_layers": 1, "vocab_size": 64, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}
 LARGE = 100.0
 WEIGHTS = "model.safetensors"
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,7 +57,7 @@ def _verify_architecture(config: PreTrainedConfig, model: str) -> None:
             setattr(small, name, value)
     if kinds := vars(small).get("layer_types"):
         small.layer_types = kinds[:1]
-    random = AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval()
+    random = find_body(AutoModelForCausalLM.from_config(small, dtype=torch.float32).eval())
     head = head_of(random)
     head.weight.mul_(LARGE)
     verify_head(random, head, f"teacher {model}")
