@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,11 @@ SMALL = {
 HEADS = {"head_dim": 32}
 WINDOWS = {"sliding_window": 8, "num_hidden_layers": 4, "layer_types": [SLIDING, SLIDING, SLIDING, FULL]}
 EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+ROUTED = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "n_shared_experts": 1}
+LATENT = {"q_lora_rank": 32, "kv_lora_rank": 512, "qk_nope_head_dim": 32, "qk_rope_head_dim": 64, "v_head_dim": 32}
+"""Of the widths that vLLM's CPU kernels have."""
+DEEPSEEK = {**ROUTED, **LATENT, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_key_value_heads": 2}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_chunk_size": 32}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 1e4}
 GPT2 = {name: SMALL[name] for name in ("vocab_size", "initializer_range", "bos_token_id", "eos_token_id")}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -82,27 +87,52 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": {**SMALL, "num_key_value_heads": 2},
     "falcon": {**GPT2, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
     "qwen3_moe": {**SMALL, **HEADS, **EXPERTS},
-    "mixtral": {**SMALL, **EXPERTS, "sliding_window": None},
+    "mixtral": {**SMALL, **EXPERTS, "sliding_window": None, "router_jitter_noise": 0.1},
     "olmoe": {**SMALL, **EXPERTS, "num_key_value_heads": 2},
     "granitemoe": {**SMALL, **EXPERTS, "logits_scaling": 2.0},
     "gpt_oss": {**SMALL, **HEADS, **EXPERTS, "sliding_window": 8, "layer_types": [SLIDING, FULL]},
+    "seed_oss": {**SMALL, **HEADS},
+    "arcee": {**SMALL, **HEADS},
+    "ministral": {**SMALL, **HEADS, "sliding_window": 8, "layer_types": [SLIDING, FULL]},
+    "ministral3": {**SMALL, **HEADS},
+    "apertus": SMALL,
+    "cwm": {**SMALL, **HEADS, **WINDOWS},
+    "gemma4_text": {**SMALL, **HEADS, **WINDOWS, "global_head_dim": 32, "hidden_size_per_layer_input": 16}
+    | {"vocab_size_per_layer_input": VOCABULARY, "num_kv_shared_layers": 0},
+    "vaultgemma": {**SMALL, **HEADS, "sliding_window": 8, "layer_types": [SLIDING, FULL], "query_pre_attn_scalar": 32}
+    | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "bloom": {**GPT2, "hidden_size": 64, "n_layer": 2, "n_head": 2, "pad_token_id": 0},
+    "gptj": {**GPT2, "n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 512, "rotary_dim": 16},
+    "llama4_text": {**SMALL, **HEADS, **EXPERTS, "num_experts_per_tok": 1, "num_hidden_layers": 4, "attention_chunk_size": 32}
+    | {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 96},
+    "deepseek_v2": {**SMALL, **DEEPSEEK, "topk_method": "greedy"},
+    "deepseek_v3": {**SMALL, **DEEPSEEK, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "glm4_moe_lite": {**SMALL, **DEEPSEEK},
+    "glm4_moe": {**SMALL, **HEADS, **ROUTED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "use_qk_norm": True},
+    "dots1": {**SMALL, **HEADS, **ROUTED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "ernie4_5_moe": {**SMALL, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1},
+    "hunyuan_v1_moe": {**SMALL, **HEADS, "num_experts": 4, "moe_topk": 2},
+    "qwen2_moe": {**SMALL, **EXPERTS, "shared_expert_intermediate_size": 96},
+    "phimoe": {**SMALL, **EXPERTS},
+    "granitemoehybrid": {**SMALL, **EXPERTS, **MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 96},
     "falcon_h1": {**SMALL, **HEADS, "mamba_d_ssm": 64, "mamba_n_heads": 2, "mamba_d_head": 32, "mamba_d_state": 16}
     | {"mamba_chunk_size": 32},
 }
 
 
 def save_model(family: str, folder: Path) -> None:
-    """A model whose biases and norms are random, too."""
+    """A model whose norms and biases, those of routers among them, are random, too."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]), dtype=torch.float32)
-    _disturb(model, 0.15, lambda tensor: tensor.dim() == 1)
+    state = model.state_dict()
+    _disturb((tensor for name, tensor in state.items() if tensor.dim() == 1 or name.endswith("bias")), 0.15)
     model.save_pretrained(folder)
 
 
 @torch.no_grad()
-def _disturb(model: torch.nn.Module, size: float, which: Callable[[torch.Tensor], bool]) -> None:
-    for parameter in filter(which, model.parameters()):
-        parameter.add_(size * torch.randn(parameter.shape))
+def _disturb(tensors: Iterable[torch.Tensor], size: float) -> None:
+    for tensor in tensors:
+        tensor.add_(size * torch.randn(tensor.shape))
 
 
 def given_texts() -> list[Rollout]:
@@ -174,7 +204,7 @@ class Student:
 
         note(self._folder, "engine", await written())
         for version in range(1, UPDATES + 1):
-            _disturb(self._learner._student.model, 0.05, lambda tensor: tensor.requires_grad)
+            _disturb(self._learner._student.model.parameters(), 0.05)
             update = self._learner.publish(version)
             assert update is not None
             await worker.load(update)
