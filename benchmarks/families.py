@@ -112,6 +112,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dots1": {**SMALL, **HEADS, **ROUTED, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "ernie4_5_moe": {**SMALL, "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 64, "moe_num_shared_experts": 1},
     "hunyuan_v1_moe": {**SMALL, **HEADS, "num_experts": 4, "moe_topk": 2},
+    "lfm2_moe": {**SMALL, **EXPERTS, "layer_types": ["conv", FULL], "num_dense_layers": 1},
     "qwen2_moe": {**SMALL, **EXPERTS, "shared_expert_intermediate_size": 96},
     "phimoe": {**SMALL, **EXPERTS},
     "granitemoehybrid": {**SMALL, **EXPERTS, **MAMBA, "layer_types": ["mamba", "attention"], "shared_intermediate_size": 96},
