@@ -31,9 +31,9 @@ NOT_IN_A_RUNNING_ENGINE = ("gpt_oss", "gemma3n_text")
 def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
     """The shared tokenizer; raises ValueError when a model is missing, too short, or speaks other ids than the student."""
     tokenizer = load("student.path", experiment.student.path, AutoTokenizer)
-    vocabulary(experiment, tokenizer)
     if experiment.teacher is not None:
         teacher_tokenizer = load("teacher.path", experiment.teacher.path, AutoTokenizer)
+        _shared_with_teacher(experiment, tokenizer, teacher_tokenizer)
         if (end := eos_id(teacher_tokenizer)) not in ends(experiment.student, tokenizer):
             raise ValueError(
                 f"teacher.path {experiment.teacher.path} ends a response with {teacher_tokenizer.eos_token}, after which "
@@ -44,6 +44,7 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
         config = _config(role, model, tokenizer)
         if model.scratch is None:
             _check_weights(role, model.path)
+        known_ids(role, tokenizer, config)
         limit = getattr(config, "max_position_embeddings", None)
         if limit is not None and limit < experiment.max_length:
             raise ValueError(
@@ -76,8 +77,16 @@ def vocabulary(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> in
     known = min(known_ids(role, tokenizer, _config(role, model, tokenizer)) for role, model in _roles(experiment).items())
     if experiment.teacher is None:
         return known
+    teacher_tokenizer = load("teacher.path", experiment.teacher.path, AutoTokenizer)
+    return min(known, _shared_with_teacher(experiment, tokenizer, teacher_tokenizer))
+
+
+def _shared_with_teacher(
+    experiment: Experiment, tokenizer: PreTrainedTokenizerBase, teacher_tokenizer: PreTrainedTokenizerBase
+) -> int:
+    assert experiment.teacher is not None
     names = f"student.path {experiment.student.path}", f"teacher.path {experiment.teacher.path}"
-    return min(known, shared_ids(names, (tokenizer, load("teacher.path", experiment.teacher.path, AutoTokenizer))))
+    return shared_ids(names, (tokenizer, teacher_tokenizer))
 
 
 def ends(student: Model, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

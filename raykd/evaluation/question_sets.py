@@ -69,11 +69,11 @@ def share_ids(question_sets: Mapping[str, QuestionSet], teacher: str) -> dict[st
     """The same questions, every distribution over the ids that all models know; ValueError where one speaks other ids than the
     ``teacher``."""
     theirs = question_sets[teacher]
-    shared = [
-        shared_ids((ours.folder, f"the teacher {theirs.folder}"), (ours.tokenizer, theirs.tokenizer))
-        for ours in question_sets.values()
-    ]
-    vocab_size = min(*shared, *(question_set.vocab_size for question_set in question_sets.values()))
+    vocab_size = theirs.vocab_size
+    for ours in question_sets.values():
+        if ours is not theirs:
+            shared = shared_ids((ours.folder, f"the teacher {theirs.folder}"), (ours.tokenizer, theirs.tokenizer))
+            vocab_size = min(vocab_size, ours.vocab_size, shared)
     return {model: replace(question_set, vocab_size=vocab_size) for model, question_set in question_sets.items()}
 
 
