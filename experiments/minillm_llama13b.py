@@ -1,6 +1,6 @@
 """MiniLLM's LLaMA row: 7B from 13B on databricks-dolly-15k; eight GPUs of 80 GB, one actor each:
 
-    learner   4 ranks      ZeRO-3: 7B weights, gradients and AdamW state at 16 bytes a parameter, 27 GB a rank
+    learner   4 ranks      ZeRO-3: 7B weights, gradients and AdamW state at 18 bytes a parameter, 30 GB a rank
     teacher   2 replicas   the scorer (26 GB) beside the engine that writes the teacher's share of mixed responses (26 GB + cache)
     rollout   2 replicas   one vLLM engine each: 13.5 GB and its cache
 

@@ -22,8 +22,8 @@ KEEP_BRANCHES = (tyro.conf.AvoidSubcommands,)
 ALSO = """
 
 Also: --resume RUN goes on with a run directory from its newest checkpoint, with the experiment that is written there and any
-options; --scale NAME takes another size of the same run, where the file has some; --show prints the experiment as JSON and
-stops."""
+options; --scale NAME takes another size of the same run, where the file has some; --plan prints what the run takes, in memory,
+traffic and storage, and stops; --show prints the experiment as JSON and stops."""
 
 
 def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] | None = None) -> None:
@@ -50,6 +50,9 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
         if options.show:
             console.print_json(experiment.model_dump_json())
             return
+        if options.plan:
+            _print_plan(experiment, console)
+            return
         from raykd.run import run
 
         result = run(experiment, resume=options.resume, console=console)
@@ -70,9 +73,20 @@ def refuse(console: Console, error: ValueError) -> NoReturn:
     sys.exit(2)
 
 
+def _print_plan(experiment: Experiment, console: Console) -> None:
+    from raykd.models import check_models
+    from raykd.planning import plan
+
+    planned = plan(experiment, check_models(experiment))
+    console.print(planned.table())
+    for note in planned.notes:
+        say(console, note)
+
+
 def _options(scales: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path, metavar="RUN")
     parser.add_argument("--scale", choices=scales)
+    parser.add_argument("--plan", action="store_true")
     parser.add_argument("--show", action="store_true")
     return parser

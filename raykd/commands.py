@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -206,9 +208,11 @@ app.command(name="language-model")(LanguageModel)
 
 
 def main() -> None:
-    """Exits with 2 and one sentence where the input is wrong."""
+    """Exits with 2 and one sentence where the input is wrong, with 130 where it was interrupted."""
     console = Console()
     try:
         app.cli(prog="raykd", description=__doc__, config=(tyro.conf.EnumChoicesFromValues,)).run(console)
     except ValueError as error:
         refuse(console, error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

@@ -26,6 +26,8 @@ OF_ANY_ARCHITECTURE = ("model_type", "quantization_config", "rope_theta", "rope_
 
 NOT_IN_A_RUNNING_ENGINE = ("gpt_oss", "gemma3n_text")
 """Architectures of which a running engine gets no new weights: vLLM's loader fills some layers unseen by its own reloading."""
+OTHERWISE_IN_VLLM = ("gemma3n_text",)
+"""Architectures whose log-probs are others in vLLM than in transformers, by a nat and more."""
 
 
 def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
@@ -41,7 +43,7 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
                 "generation_config.json, or make it the eos_token of its tokenizer"
             )
     for role, model in _roles(experiment).items():
-        config = _config(role, model, tokenizer)
+        config = config_of(role, model, tokenizer)
         if model.scratch is None:
             _check_weights(role, model.path)
         known_ids(role, tokenizer, config)
@@ -74,7 +76,7 @@ def model_facts(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, fold
 
 def vocabulary(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> int:
     """The size of the vocabulary that student and teacher share: every softmax runs over exactly these ids."""
-    known = min(known_ids(role, tokenizer, _config(role, model, tokenizer)) for role, model in _roles(experiment).items())
+    known = min(known_ids(role, tokenizer, config_of(role, model, tokenizer)) for role, model in _roles(experiment).items())
     if experiment.teacher is None:
         return known
     teacher_tokenizer = load("teacher.path", experiment.teacher.path, AutoTokenizer)
@@ -98,7 +100,8 @@ def _roles(experiment: Experiment) -> dict[str, Model]:
     return {"student": experiment.student} | ({"teacher": experiment.teacher} if experiment.teacher else {})
 
 
-def _config(role: str, model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+def config_of(role: str, model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """The configuration of the student or the teacher; ValueError where there is none, or one that cannot be distilled."""
     if model.scratch is None:
         return load_config(f"{role}.path", model.path)
     return _architecture(role, {"vocab_size": len(tokenizer), **model.scratch})
@@ -158,6 +161,11 @@ def _check_engines(role: str, model: Model, config: PreTrainedConfig, experiment
             "student could not write what it has learned; choose another architecture, or only stages that learn from data, with "
             "evaluation.prompts 0. As a teacher on transformers it works"
         )
+    if by_vllm and role == "teacher" and config.model_type in OTHERWISE_IN_VLLM:
+        raise ValueError(
+            f"teacher.path {model.path}: vLLM computes other log-probs of {config.model_type} than transformers; set "
+            "teachers.backend to transformers, and have no stage in which the teacher writes"
+        )
     quantised = getattr(config, "quantization_config", None)
     if quantised and role == "student":
         raise ValueError(
@@ -184,7 +192,7 @@ def _model_folder(role: str, model: Model, tokenizer: PreTrainedTokenizerBase, e
         return locate(f"{role}.path", model.path)
     if not target.exists():
         torch.manual_seed(experiment.seed)
-        config = _config(role, model, tokenizer)
+        config = config_of(role, model, tokenizer)
         config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, None
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(target)
         tokenizer.save_pretrained(target)

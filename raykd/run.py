@@ -17,6 +17,7 @@ from raykd.checkpoints import newest_checkpoint, restore_data, restore_workers, 
 from raykd.experiment import Experiment, FunctionReward
 from raykd.models import check_models, ends, model_facts, vocabulary
 from raykd.phases import Position
+from raykd.planning import gpu_bytes, plan
 from raykd.prompts import Data, PromptStream, pack_text, tokenise, tokenise_documents
 from raykd.records import Prompt
 from raykd.report import write_report
@@ -59,6 +60,7 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
     if data.left_out:
         say(console, data.left_out)
     connect(experiment)
+    refuse_too_large(experiment, tokenizer)
     if idle := idle_gpus(experiment):
         say(console, idle)
     folder = checkpoint.run if checkpoint else new_folder(experiment)
@@ -163,6 +165,17 @@ def connect(experiment: Experiment) -> None:
             f"the experiment asks for {experiment.gpus():g} GPUs (rollout.replicas x gpus + teachers.replicas x gpus + "
             f"learner.ranks x gpus), the cluster has {available:g}; lower them or add nodes"
         )
+
+
+def refuse_too_large(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError for a worker that no GPU of the cluster can hold, where Ray says of what types they are."""
+    if not experiment.gpus():
+        return
+    with_gpus = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
+    types = [name.partition(":")[2] for resources in with_gpus for name in resources if name.startswith("accelerator_type:")]
+    largest = gpu_bytes(types)
+    if largest and (refusal := plan(experiment, tokenizer).refusal(largest)):
+        raise ValueError(refusal)
 
 
 def idle_gpus(experiment: Experiment) -> str:

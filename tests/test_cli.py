@@ -281,6 +281,32 @@ def test_show_prints_the_experiment_with_the_options_applied(
     assert shown.stages[0].steps == 7 and shown.learner.lora.rank == 16
 
 
+def test_a_plan_is_printed_and_nothing_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("raykd.run.connect", lambda experiment: pytest.fail("it starts"))
+    monkeypatch.setattr("sys.argv", ["experiment.py", "--plan", "--learner.ranks", "3"])
+    cli.main(experiment(tmp_path / "runs"))
+    said = capsys.readouterr().out
+    assert "3 x learner rank, CPU" in said and "a checkpoint is" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_learner_that_no_gpu_can_hold_is_refused_before_any_actor_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    wide = LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 4, "num_attention_heads": 64}
+    base = experiment(tmp_path / "runs")
+    large = base.model_copy(update={"student": Model(path=base.student.path, scratch=wide)})
+    monkeypatch.setattr("raykd.run.connect", lambda experiment: None)
+    monkeypatch.setattr("raykd.run.start_workers", lambda *_: pytest.fail("actors start"))
+    nodes = [{"Alive": True, "Resources": {"GPU": 8.0, "accelerator_type:L4": 1.0}}, {"Alive": True, "Resources": {"CPU": 8.0}}]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
+    said = complaint(capsys, monkeypatch, large, "--learner.gpus", "1", "--learner.dtype", "bfloat16")
+    assert "a learner rank needs 70.2 GB" in said and "the largest GPU of the cluster has 25.8 GB" in said
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_scale_replaces_the_experiment(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("sys.argv", ["experiment.py", "--scale", "tiny", "--show"])
     tiny = experiment(tmp_path).model_copy(update={"name": "tiny", "stages": (Stage(algorithm=SFT(), steps=1),)})

@@ -18,7 +18,7 @@ ROWS = (
     ("collate", "rank", "lora", "mismatch", "student", "engine", "pretrained", "language_model"),
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "report"),
-    ("workers", "start", "phases", "validation", "checkpoints", "train", "models", "run_directory"),
+    ("workers", "start", "phases", "validation", "checkpoints", "train", "models", "planning", "run_directory"),
     ("run", "cli", "commands"),
 )
 STRANGERS = {"rollout", "teacher", "reward", "learner"}

@@ -212,3 +212,13 @@ def test_a_student_that_a_running_engine_cannot_take_is_refused_before_anything_
     check_models(experiment(llama, oss))
     alone = Stage(algorithm=KD(), steps=1)
     check_models(experiment(oss, oss).model_copy(update={"stages": (alone,), "evaluation": EvaluationConfig(prompts=0)}))
+
+
+def test_a_teacher_that_vllm_computes_otherwise_is_refused_there(tmp_path: Path) -> None:
+    text_tokenizer().save_pretrained(tmp_path)
+    gemma, llama = (Model(path=str(tmp_path), scratch={"model_type": kind}) for kind in ("gemma3n_text", "llama"))
+    run = experiment(llama, gemma)
+    check_models(run)
+    by_vllm = run.model_copy(update={"teachers": run.teachers.model_copy(update={"backend": "vllm"})})
+    with pytest.raises(ValueError, match=r"teacher.path .*: vLLM computes other log-probs of gemma3n_text than transformers; set"):
+        check_models(by_vllm)
