@@ -4,9 +4,10 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from pydantic import Field
@@ -107,13 +108,30 @@ class Evaluate(Value):
                     console,
                     f"{model} learned from chats and is asked in plain text; --chat asks in the template of its tokenizer",
                 )
-        results, answers = evaluate(evaluation, console)
+        with self._kept_answers(console) as keep:
+            results = evaluate(evaluation, console, keep)
         results.save(self.output)
-        lines = (json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-        self._answers.write_text("".join(lines), encoding="utf-8")
         for table in results.tables():
             console.print(table)
         say(console, f"results: {self.output}")
+
+    @contextmanager
+    def _kept_answers(self, console: Console) -> Iterator[Callable[[list[dict[str, Any]]], None]]:
+        """Writes answers as they come, since they take long. They replace those of an earlier evaluation once all is measured."""
+        partial = self._answers.with_suffix(".jsonl.partial")
+        partial.unlink(missing_ok=True)
+
+        def keep(rows: list[dict[str, Any]]) -> None:
+            with partial.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+        try:
+            yield keep
+        except BaseException:
+            if partial.exists():
+                say(console, f"stopped; what was answered until then: {partial}")
+            raise
+        partial.replace(self._answers)
 
     @property
     def _answers(self) -> Path:

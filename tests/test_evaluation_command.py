@@ -14,7 +14,7 @@ from raykd import commands
 from raykd.algorithms import SFT
 from raykd.chat import Chat
 from raykd.evaluation.diversity import distinct_n
-from raykd.evaluation.evaluate import Evaluation, answer
+from raykd.evaluation.evaluate import Answers, Evaluation, answer
 from raykd.evaluation.generate import Decoding, in_own_process, write
 from raykd.evaluation.question_sets import ask_all
 from raykd.evaluation.results import Measured, ModelResults, Results, SuiteResults
@@ -144,6 +144,25 @@ def test_names_in_brackets_stand_in_tables_as_they_are():
     console.print(*results.tables())
     printed = console.export_text()
     assert all(name in printed for name in ("./exp[v2]/m", "[/x]", "./mine[1].jsonl"))
+
+
+def test_answers_outlive_an_evaluation_that_is_interrupted(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raykd.evaluation.evaluate.answer", lambda *_: Answers({}, {"vicuna": [["a", "b"]]}))
+    monkeypatch.setattr("raykd.evaluation.evaluate.measure", interrupt)
+    (tmp_path / "e.answers.jsonl").write_text("of an earlier evaluation")
+    arguments = str(data / "models/stories260K"), "--suite", "vicuna", "--limit", "2", "--max-tokens", "24", "--seeds", "1"
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *arguments, "--output", str(tmp_path / "e.json"))
+    assert stopped.value.code == 130
+    partial = tmp_path / "e.answers.jsonl.partial"
+    assert [json.loads(line)["text"] for line in partial.read_text().splitlines()] == ["a", "b"]
+    assert f"stopped; what was answered until then: {partial}" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "e.answers.jsonl").read_text() == "of an earlier evaluation"
 
 
 @pytest.mark.stack

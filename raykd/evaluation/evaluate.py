@@ -67,8 +67,9 @@ class Answers:
     texts: dict[str, list[list[str]]]
 
 
-def evaluate(evaluation: Evaluation, console: Console) -> tuple[Results, list[dict[str, Any]]]:
-    """The results, and every answer as a row; raises ValueError for what can be known to be wrong before a model starts."""
+def evaluate(evaluation: Evaluation, console: Console, keep: Callable[[list[dict[str, Any]]], None]) -> Results:
+    """The results. Each model's answers, as rows, go to ``keep`` as soon as they are written, before anything is measured.
+    Raises ValueError for what can be known to be wrong before a model starts."""
     question_sets, left_out = ask_all(evaluation.everyone, evaluation.suites, evaluation.max_prompt)
     if evaluation.teacher:
         question_sets = share_ids(question_sets, evaluation.teacher)
@@ -85,7 +86,13 @@ def evaluate(evaluation: Evaluation, console: Console) -> tuple[Results, list[di
     by_harness = {}
     if tasks:
         by_harness = each("runs the harness", lambda m: in_own_process(run_harness, question_sets[m].folder, tasks, dtype))
-    written = each("answers", lambda model: answer(evaluation, question_sets[model]))
+
+    def answers_of(model: str) -> Answers:
+        answers = answer(evaluation, question_sets[model])
+        keep(rows_of(evaluation, model, question_sets[model], answers))
+        return answers
+
+    written = each("answers", answers_of)
     measured = each("is measured", lambda model: measure(evaluation, model, question_sets, written))
     suites = {
         suite.name: SuiteResults(
@@ -95,10 +102,7 @@ def evaluate(evaluation: Evaluation, console: Console) -> tuple[Results, list[di
         )
         for suite in evaluation.suites
     }
-    results = Results(protocol=evaluation.model_dump(mode="json"), suites=suites, harness=by_harness)
-    return results, [
-        row for model, question_set in question_sets.items() for row in rows_of(evaluation, model, question_set, written[model])
-    ]
+    return Results(protocol=evaluation.model_dump(mode="json"), suites=suites, harness=by_harness)
 
 
 def answer(evaluation: Evaluation, question_set: QuestionSet) -> Answers:
