@@ -2,14 +2,15 @@
 
 tokenise, tokenise_documents -> list[Prompt]
 pack_text                    -> chunks of plain text for a language-modelling loss
-PromptStream                 -> a shuffled, endless, resumable stream over a list
+PromptStream                 -> a shuffled, endless, resumable stream over one of them
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from raykd.records import Prompt
 from raykd.sources import Conversations, Documents, Pairs, Row, conversation, document, pair
 
-Encode = Callable[[str], tuple[int, ...]]
+Encode = Callable[[Sequence[str]], list[list[int]]]
+TOGETHER = 1000
+"""Texts that are handed to the tokenizer at once, which has a thread for each core."""
 
 
 def tokenise(
@@ -36,16 +39,16 @@ def tokenise(
     Raises ValueError naming the row when a field is missing or nothing is left.
     """
     encode = partial(_encode if source.chat is None else _encode_as_it_stands, tokenizer)
-    prompts = []
-    for index, row in enumerate(rows):
-        prompt, answer = _texts(source, row, index, tokenizer)
-        ids = encode(prompt)
-        if not 0 < len(ids) <= max_prompt:
-            continue
-        response, finished = (), True
-        if answer is not None:
-            response, finished = _cut(_continuation(encode, tokenizer, prompt, ids, answer), tokenizer, eos_ids, max_response)
-        prompts.append(Prompt(id=f"{Path(source.path).name}:{index}", tokens=ids, response=response, finished=finished))
+    name, prompts = Path(source.path).name, []
+    for some in _slices(rows):
+        pairs = [(index, *_texts(source, row, index, tokenizer)) for index, row in some]
+        encoded = zip(pairs, encode([prompt for _, prompt, _ in pairs]), strict=True)
+        kept = [(*pair, tuple(ids)) for pair, ids in encoded if 0 < len(ids) <= max_prompt]
+        answered = [(text, ids, answer) for _, text, answer, ids in kept if answer is not None]
+        responses = iter(_continuations(encode, tokenizer, answered))
+        for index, _, answer, ids in kept:
+            response, finished = ((), True) if answer is None else _cut(next(responses), tokenizer, eos_ids, max_response)
+            prompts.append(Prompt(id=f"{name}:{index}", tokens=ids, response=response, finished=finished))
     if not prompts:
         raise ValueError(f"data set {source.path}: no prompt has at most max_prompt={max_prompt} tokens; raise max_prompt")
     return prompts
@@ -60,30 +63,44 @@ def tokenise_documents(
     eos_ids: Sequence[int] = (),
 ) -> list[Prompt]:
     """Each document split at ``prompt_tokens``: prompt and reference continuation. Documents no longer than that are left out."""
-    prompts = []
-    for index, row in enumerate(rows):
-        ids = _encode(tokenizer, document(source, row, index))
-        if len(ids) <= source.prompt_tokens:
-            continue
-        response, finished = _cut(ids[source.prompt_tokens :], tokenizer, eos_ids, max_response)
-        name = f"{Path(source.path).name}:{index}"
-        prompts.append(Prompt(id=name, tokens=ids[: source.prompt_tokens], response=response, finished=finished))
+    name, prompts = Path(source.path).name, []
+    for index, ids in _documents(rows, source, tokenizer):
+        if len(ids) > source.prompt_tokens:
+            prompt, rest = tuple(ids[: source.prompt_tokens]), tuple(ids[source.prompt_tokens :])
+            response, finished = _cut(rest, tokenizer, eos_ids, max_response)
+            prompts.append(Prompt(id=f"{name}:{index}", tokens=prompt, response=response, finished=finished))
     if not prompts:
         raise ValueError(f"data set {source.path}: no document has more than prompt_tokens={source.prompt_tokens} tokens")
     return prompts
 
 
-def pack_text(rows: Iterable[Row], source: Documents, tokenizer: PreTrainedTokenizerBase, *, length: int) -> list[Prompt]:
-    """Documents joined with EOS and cut into chunks of ``length`` tokens: the first token is the prompt, the rest is to be
-    predicted. The last, shorter chunk is dropped."""
-    ids: list[int] = []
-    for index, row in enumerate(rows):
-        ids += [*_encode(tokenizer, document(source, row, index)), eos_id(tokenizer)]
-    chunks = [tuple(ids[start : start + length]) for start in range(0, len(ids) - length + 1, length)]
-    if not chunks:
-        raise ValueError(f"plain text {source.path} has {len(ids)} tokens, fewer than one chunk of {length}; bring more text")
-    name = Path(source.path).name
-    return [Prompt(id=f"{name}:chunk{i}", tokens=chunk[:1], response=chunk[1:], finished=False) for i, chunk in enumerate(chunks)]
+class Chunks(Sequence[Prompt]):
+    """Chunks of plain text, of one length: the first token is the prompt, the rest is to be predicted. 4 bytes a token."""
+
+    def __init__(self, name: str, tokens: np.ndarray) -> None:
+        """``tokens`` [chunks, length]."""
+        self._name, self.tokens = name, tokens
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: Any) -> Any:
+        place = range(len(self))[index]
+        if isinstance(place, range):
+            return [self[each] for each in place]
+        first, *rest = self.tokens[place].tolist()
+        return Prompt(id=f"{self._name}:chunk{place}", tokens=(first,), response=tuple(rest), finished=False)
+
+
+def pack_text(rows: Iterable[Row], source: Documents, tokenizer: PreTrainedTokenizerBase, *, length: int) -> Chunks:
+    """Documents joined with EOS and cut into chunks of ``length`` tokens. The last, shorter chunk is dropped."""
+    end = eos_id(tokenizer)
+    documents = [np.array([*ids, end], dtype=np.int32) for _, ids in _documents(rows, source, tokenizer)]
+    tokens = np.concatenate(documents) if documents else np.empty(0, dtype=np.int32)
+    count = len(tokens) // length
+    if not count:
+        raise ValueError(f"plain text {source.path} has {len(tokens)} tokens, fewer than one chunk of {length}; bring more text")
+    return Chunks(Path(source.path).name, tokens[: count * length].reshape(count, length))
 
 
 def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -112,7 +129,7 @@ class Data:
 class PromptStream(Generic[Item]):
     """Endless shuffled passes over a list; the order depends on ``seed`` and the epoch alone, so two integers resume it."""
 
-    def __init__(self, items: list[Item], seed: int) -> None:
+    def __init__(self, items: Sequence[Item], seed: int) -> None:
         if not items:
             raise ValueError("a prompt stream needs at least one item")
         self.items, self.seed = items, seed
@@ -161,30 +178,51 @@ def _texts(source: Pairs | Conversations, row: Row, index: int, tokenizer: PreTr
         raise ValueError(f"{source.path}, row {index + 1}: {error}") from error
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Ids as at the start of a sequence, without the EOS that some tokenizers append, and with one BOS where the text brings its
+def _slices(rows: Iterable[Row]) -> Iterator[list[tuple[int, Row]]]:
+    """Numbered from 0."""
+    numbered = enumerate(rows)
+    while some := list(islice(numbered, TOGETHER)):
+        yield some
+
+
+def _documents(rows: Iterable[Row], source: Documents, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, list[int]]]:
+    """The ids of each row's text, with the row's number."""
+    for some in _slices(rows):
+        texts = [document(source, row, index) for index, row in some]
+        yield from zip((index for index, _ in some), _encode(tokenizer, texts), strict=True)
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids as at the start of a sequence, without the EOS that some tokenizers append, and with one BOS where a text brings its
     own."""
-    ids = tokenizer(text)["input_ids"]
-    if ids[:2] == [tokenizer.bos_token_id] * 2 and text.startswith(str(tokenizer.bos_token)):
-        ids = ids[1:]
-    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token)):
-        ids = ids[:-1]
-    return tuple(ids)
+    if not texts:
+        return []
+    encoded = []
+    for text, ids in zip(texts, tokenizer(list(texts), verbose=False)["input_ids"], strict=True):
+        twice = ids[:2] == [tokenizer.bos_token_id] * 2 and text.startswith(str(tokenizer.bos_token))
+        ended = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
+        encoded.append(ids[int(twice) : len(ids) - bool(ended)])
+    return encoded
 
 
-def _encode_as_it_stands(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Ids of a text that has all its special tokens, as a chat template writes them."""
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+def _encode_as_it_stands(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of texts that have all their special tokens, as a chat template writes them."""
+    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
 
 
-def _continuation(
-    encode: Encode, tokenizer: PreTrainedTokenizerBase, prompt: str, prompt_ids: tuple[int, ...], answer: str
-) -> tuple[int, ...]:
-    whole = encode(prompt + answer)
-    if whole[: len(prompt_ids)] == prompt_ids:
-        return whole[len(prompt_ids) :]
+def _continuations(
+    encode: Encode, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, tuple[int, ...], str]]
+) -> list[tuple[int, ...]]:
+    """Ids of the answers to (prompt, its ids, answer)."""
+    wholes = encode([prompt + answer for prompt, _, answer in pairs])
+    goes_on = [tuple(whole[: len(ids)]) == ids for (_, ids, _), whole in zip(pairs, wholes, strict=True)]
     # A token would span the boundary; at generation the prompt stands alone, so the answer starts a new token.
-    return _encode_as_it_stands(tokenizer, answer)
+    others = [answer for (_, _, answer), continues in zip(pairs, goes_on, strict=True) if not continues]
+    alone = iter(_encode_as_it_stands(tokenizer, others))
+    return [
+        tuple(whole[len(ids) :] if continues else next(alone))
+        for (_, ids, _), whole, continues in zip(pairs, wholes, goes_on, strict=True)
+    ]
 
 
 def _cut(

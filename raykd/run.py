@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ from raykd.tracking import Tracker, say
 from raykd.train import train
 from raykd.usage import advice
 from raykd.validation import measure
+
+REACH_S = 30.0
+"""Longest wait for somebody to answer at the address of a cluster."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +126,8 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
     if experiment.text is not None:
         length = min(experiment.text_length, experiment.max_length)
         chunks = pack_text(read_rows(experiment.text), experiment.text, tokenizer, length=length)
-        _check_ids(chunks, vocab_size, tokenizer)
+        if chunks.tokens.max() >= vocab_size:
+            _check_ids(chunks, vocab_size, tokenizer)
         text = PromptStream(chunks, experiment.seed + 1)
     return Data(
         prompts=PromptStream(shuffled[held_out:], experiment.seed),
@@ -152,7 +157,11 @@ def connect(experiment: Experiment) -> None:
         env = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
         # Nobody is told where the dashboard of a Ray of our own is, and two busy cores are slower by 8 % beside it.
         ours: Any = {"include_dashboard": False} if address == "local" else {}
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": env}, **ours)
+        _check_listens(address)
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, runtime_env={"env_vars": env}, **ours)
+        except ConnectionError as error:
+            raise ValueError(f"RAY_ADDRESS {address}: {error}") from error
     available = ray.cluster_resources().get("GPU", 0.0)
     largest = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
     for role, amount in _asked(experiment).items():
@@ -165,6 +174,19 @@ def connect(experiment: Experiment) -> None:
             f"the experiment asks for {experiment.gpus():g} GPUs (rollout.replicas x gpus + teachers.replicas x gpus + "
             f"learner.ranks x gpus), the cluster has {available:g}; lower them or add nodes"
         )
+
+
+def _check_listens(address: str) -> None:
+    """Raises ValueError where nothing listens at an address of host and port, which Ray would try to reach for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except OSError as error:
+        raise ValueError(
+            f"RAY_ADDRESS {address} cannot be reached ({error}): start Ray there, or unset it and a local Ray is started"
+        ) from error
 
 
 def refuse_too_large(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -219,6 +219,15 @@ def test_gpus_are_counted_on_each_node_and_on_all(tmp_path: Path, monkeypatch: p
         connect(base.model_copy(update=whole))
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1"])
+def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str):
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda *_, **__: pytest.fail("Ray tries for minutes"))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ValueError, match=rf"RAY_ADDRESS {address} cannot be reached \(.*refused\): start Ray there, or unset it"):
+        connect(experiment(tmp_path / "runs"))
+
+
 def test_a_folder_that_a_node_does_not_see_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "10.0.0.7")
     facts = ModelFacts(student="s", teacher=None, vocab_size=4, eos_ids=(0,), max_length=8, seed=0)

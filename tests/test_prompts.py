@@ -217,8 +217,33 @@ def test_plain_text_is_packed_without_losing_or_repeating_a_token():
     eos = tokenizer.eos_token_id
     expected = [token for row in rows for token in [*tokenizer(row["text"])["input_ids"], eos]]
     assert joined == expected[: len(joined)] and 0 <= len(expected) - len(joined) < 4
+    assert [chunk.id for chunk in chunks] == [f"d:chunk{number}" for number in range(len(chunks))]
+    assert chunks[-1] == chunks[1:][-1] == [*chunks][-1] and chunks[0] not in chunks[1:]
     with pytest.raises(ValueError, match="fewer than one chunk"):
         pack_text(rows, Documents(path="d"), tokenizer, length=1000)
+
+
+def test_rows_are_tokenised_alike_together_and_alone(monkeypatch: pytest.MonkeyPatch):
+    tokenizer = text_tokenizer()
+    pairs = [{"prompt": "say " * (1 + index % 5), "response": "date" * (index % 3)} for index in range(20)]
+    texts = [{"text": "one two three " * (index % 4)} for index in range(20)]
+
+    def found() -> tuple[object, ...]:
+        prompts = tokenise(pairs, Pairs(path="x"), tokenizer, max_prompt=4, max_response=8)
+        documents = tokenise_documents(texts, Documents(path="d", prompt_tokens=2), tokenizer, max_response=8)
+        return prompts, documents, [*pack_text(texts, Documents(path="d"), tokenizer, length=5)]
+
+    together = found()
+    monkeypatch.setattr("raykd.prompts.TOGETHER", 1)
+    assert found() == together
+    assert len({prompt.id for prompt in together[0]}) == len(together[0]) < len(pairs), (
+        "long ones are left out"
+    )
+
+
+def test_plain_text_takes_four_bytes_a_token():
+    chunks = pack_text([{"text": "one two three"}] * 100, Documents(path="d"), text_tokenizer(), length=8)
+    assert chunks.tokens.nbytes == 4 * 8 * len(chunks)
 
 
 def test_a_stream_shuffles_every_pass_and_resumes_from_two_integers():
