@@ -236,9 +236,7 @@ def test_rows_are_tokenised_alike_together_and_alone(monkeypatch: pytest.MonkeyP
     together = found()
     monkeypatch.setattr("raykd.prompts.TOGETHER", 1)
     assert found() == together
-    assert len({prompt.id for prompt in together[0]}) == len(together[0]) < len(pairs), (
-        "long ones are left out"
-    )
+    assert len({prompt.id for prompt in together[0]}) == len(together[0]) < len(pairs), "long ones are left out"
 
 
 def test_plain_text_takes_four_bytes_a_token():
