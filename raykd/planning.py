@@ -116,17 +116,17 @@ class Size:
             model = AutoModelForCausalLM.from_config(config)
             if lora is not None and lora.rank:
                 adapt(model, lora)
-        experts = getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None) or 1
-        active = getattr(config, "num_experts_per_tok", 1) / experts
+        active = getattr(config, "num_experts_per_tok", None) or 1  # of a layer's experts, which are one tensor [experts, ., .]
         embedding = model.get_input_embeddings().get_parameter("weight")
-        body = [(name, p.numel()) for name, p in model.base_model.named_parameters() if p is not embedding]
-        width, layers = int(config.hidden_size), int(config.num_hidden_layers)
+        body = [p for p in model.base_model.parameters() if p is not embedding]
+        computed = sum(p.numel() * (min(1, active / len(p)) if p.ndim == 3 else 1) for p in body)
+        width, layers = embedding.shape[1], getattr(config, "num_hidden_layers", 1)
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
             learned=sum(p.numel() for p in model.parameters() if p.requires_grad),
             width=width,
             layers=layers,
-            kept=int(1.5 * sum(size * (active if "experts" in name else 1) for name, size in body) / (layers * width)),
+            kept=int(1.5 * computed / (layers * width)),
         )
 
     def weights(self, name: str, dtype: str, parallel: int = 1) -> Part:
