@@ -51,8 +51,8 @@ def test_parameters_are_those_of_the_model(shape: PreTrainedConfig) -> None:
 
 
 def test_of_a_mixture_of_experts_a_token_keeps_what_its_experts_compute() -> None:
-    shape = {"hidden_size": 32, "intermediate_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
-    one, two = (Size.of(MixtralConfig(**shape, num_local_experts=8, num_experts_per_tok=k)) for k in (1, 2))
+    shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 4096, "num_hidden_layers": 1, "num_attention_heads": 2}
+    one, two = (Size.of(MixtralConfig(**shape, vocab_size=50, num_local_experts=8, num_experts_per_tok=k)) for k in (1, 2))
     assert two.parameters == one.parameters
     assert two.kept == pytest.approx(2 * one.kept, rel=0.05), "nearly all of it is in the experts"
 
@@ -119,7 +119,8 @@ def peak_of(step: Any) -> int:
     """Bytes that were allocated at the same time while it ran, beyond those before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    profiler: Any = profile.profiler  # it has no usable annotations
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
@@ -212,7 +213,7 @@ def test_what_no_gpu_can_hold_is_refused_with_what_would_help() -> None:
     assert not of.refusal(needed + 1)
     refusal = of.refusal(needed - 1)
     assert "for AdamW" in refusal and "learner.zero_stage 3" in refusal
-    assert not planned(LearnerConfig()).refusal(1.0), "nothing is on a GPU"
+    assert not planned(LearnerConfig()).refusal(1), "nothing is on a GPU"
 
 
 def test_the_largest_of_a_cluster_s_gpus_counts_where_all_are_known() -> None:

@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from raykd.chat import Chat
 from raykd.prompts import PromptStream, pack_text, tokenise, tokenise_documents
+from raykd.records import Prompt
 from raykd.sources import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Conversations, Documents, Pairs, read_rows
 
 
@@ -228,7 +229,7 @@ def test_rows_are_tokenised_alike_together_and_alone(monkeypatch: pytest.MonkeyP
     pairs = [{"prompt": "say " * (1 + index % 5), "response": "date" * (index % 3)} for index in range(20)]
     texts = [{"text": "one two three " * (index % 4)} for index in range(20)]
 
-    def found() -> tuple[object, ...]:
+    def found() -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
         prompts = tokenise(pairs, Pairs(path="x"), tokenizer, max_prompt=4, max_response=8)
         documents = tokenise_documents(texts, Documents(path="d", prompt_tokens=2), tokenizer, max_response=8)
         return prompts, documents, [*pack_text(texts, Documents(path="d"), tokenizer, length=5)]
