@@ -117,7 +117,7 @@ def measure(algorithm: Algorithm, steps: int, seconds: dict[str, float], max_sta
         evaluation=EvaluationConfig(prompts=0),
     )
     prompts = [Prompt(id=str(index), tokens=(1,)) for index in range(1024)]
-    data = Data(prompts=PromptStream(prompts, seed=0), held_out=[], decode=str, text=None)
+    data = Data(prompts=PromptStream(prompts, seed=0), held_out=[], decode=str, text=None, vocab_size=2)
     workers, folder = Sleepers(seconds), Path(tempfile.mkdtemp(prefix="raykd-overlap-"))
     with Tracker(folder, {}, name="overlap", wandb=False, project="", console=Console(quiet=True)) as tracker:
         started = time.perf_counter()

@@ -4,7 +4,8 @@ import argparse
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -34,7 +35,7 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
     """
     console = Console()
     options, rest = _options(sorted(scales or {})).parse_known_args()
-    try:
+    with exit_codes(console):
         if options.resume is not None:
             if options.scale is not None:
                 raise ValueError(f"--scale {options.scale} is for new runs: one that goes on has the size that it began with")
@@ -56,15 +57,21 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
         from raykd.run import run
 
         result = run(experiment, resume=options.resume, console=console)
-    except ValueError as error:
-        refuse(console, error)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    else:
         say(console, f"student: {result.student}")
 
 
-def refuse(console: Console, error: ValueError) -> NoReturn:
+@contextmanager
+def exit_codes(console: Console) -> Iterator[None]:
+    """Exits with 2 and a line for each thing where the input is wrong, with 130 where it is interrupted."""
+    try:
+        yield
+    except ValueError as error:
+        _refuse(console, error)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def _refuse(console: Console, error: ValueError) -> NoReturn:
     """One line for each thing that is wrong with the input; exits with 2."""
     problems = error.errors() if isinstance(error, ValidationError) else []
     for reason in [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in problems] or [str(error)]:
@@ -74,10 +81,11 @@ def refuse(console: Console, error: ValueError) -> NoReturn:
 
 
 def _print_plan(experiment: Experiment, console: Console) -> None:
-    from raykd.models import check_models
+    from raykd.models import check_models, vocabulary
     from raykd.planning import plan
 
-    planned = plan(experiment, check_models(experiment))
+    tokenizer = check_models(experiment)
+    planned = plan(experiment, tokenizer, vocabulary(experiment, tokenizer))
     console.print(planned.table())
     for note in planned.notes:
         say(console, note)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,7 @@ from transformers.utils.logging import set_verbosity_error
 from tyro.extras import SubcommandApp
 
 from raykd.chat import Chat
-from raykd.cli import refuse
+from raykd.cli import exit_codes
 from raykd.evaluation.generate import Decoding
 from raykd.evaluation.suites import ALPACA, BUILT_IN, LabelSuite, Metric, Suite, find_suites
 from raykd.experiment import EngineConfig
@@ -228,9 +226,5 @@ app.command(name="language-model")(LanguageModel)
 def main() -> None:
     """Exits with 2 and one sentence where the input is wrong, with 130 where it was interrupted."""
     console = Console()
-    try:
+    with exit_codes(console):
         app.cli(prog="raykd", description=__doc__, config=(tyro.conf.EnumChoicesFromValues,)).run(console)
-    except ValueError as error:
-        refuse(console, error)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)

@@ -60,13 +60,13 @@ def check_models(experiment: Experiment) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def model_facts(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, folder: Path) -> ModelFacts:
+def model_facts(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, vocab_size: int, folder: Path) -> ModelFacts:
     """What every worker must agree on; models from scratch are initialised into the run directory ``folder``."""
     teacher = experiment.teacher
     return ModelFacts(
         student=_model_folder("student", experiment.student, tokenizer, experiment, folder),
         teacher=_model_folder("teacher", teacher, tokenizer, experiment, folder) if teacher else None,
-        vocab_size=vocabulary(experiment, tokenizer),
+        vocab_size=vocab_size,
         eos_ids=ends(experiment.student, tokenizer),
         max_length=experiment.max_length,
         seed=experiment.seed,

@@ -4,6 +4,7 @@ Shapes: N positions, n positions of a chunk, V vocabulary, K tokens kept.
 """
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,11 @@ def payload_bytes(hidden_size: int, vocab_size: int, dtype: torch.dtype, top_k: 
     ``top_k`` tokens that a divergence looks at, and of all others. The 8 bytes of the probe come on top."""
     sizes = {"hidden": hidden_size * dtype.itemsize, "logits": vocab_size * 4}
     return sizes if top_k is None or top_k >= vocab_size else sizes | {"top": 8 * top_k + 4}
+
+
+def chosen_payload(asked: str, sizes: Mapping[str, int]) -> str:
+    """What is asked for, or where that is "auto" what has the fewest bytes."""
+    return min(sizes, key=lambda payload: sizes[payload]) if asked == "auto" else asked
 
 
 def unwritten(tokens: Tensor) -> Probe:

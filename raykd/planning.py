@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedToken
 
 from raykd.experiment import Experiment, LearnerConfig, LoRA, Model, Stage
 from raykd.lora import adapt
-from raykd.models import config_of, vocabulary
-from raykd.payloads import payload_bytes
+from raykd.models import config_of
+from raykd.payloads import chosen_payload, payload_bytes
 from raykd.pretrained import locate
 from raykd.projection import SIZES
 from raykd.rank import REDUCE_BUCKET, zero_stage
@@ -134,11 +134,11 @@ class Size:
         return Part(name, (self.stored or BYTES[dtype] * self.parameters) // parallel, estimated=self.stored == 0)
 
 
-def plan(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Plan:
-    """What ``experiment`` takes; ``tokenizer``: the student's. ValueError where a model cannot be found."""
+def plan(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Plan:
+    """What ``experiment`` takes; ``tokenizer``: the student's, ``vocab_size``: what it shares with the teacher's. ValueError
+    where a model cannot be found."""
     student = Size.of(config_of("student", experiment.student, tokenizer), experiment.learner.lora)
     teacher = _teacher_size(experiment.teacher, tokenizer) if experiment.teacher else None
-    vocab_size = vocabulary(experiment, tokenizer)
     workers = [_learner(experiment, student, teacher, vocab_size)]
     if teacher is not None:
         workers.append(_teacher(experiment, teacher))
@@ -255,7 +255,7 @@ def _notes(experiment: Experiment, student: Size, teacher: Size | None, vocab_si
 def _scores(experiment: Experiment, stage: Stage, teacher: Size, vocab_size: int) -> str:
     teachers, top_k = experiment.teachers, None if stage.algorithm.needs.sampled else stage.algorithm.top_k
     sizes = payload_bytes(teacher.width, vocab_size, getattr(torch, teachers.dtype), top_k)
-    payload = min(sizes, key=lambda name: sizes[name]) if teachers.payload == "auto" else teachers.payload
+    payload = chosen_payload(teachers.payload, sizes)
     token = sizes[payload] + PROBE
     rows = max(stage.rows_per_phase * (stage.max_staleness + 1), stage.bounds.capacity)
     most = decimal(token * rows * experiment.max_response)

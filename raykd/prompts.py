@@ -122,6 +122,8 @@ class Data:
     held_out: Sequence[Prompt]
     decode: Callable[[Sequence[int]], str]
     text: "PromptStream[Prompt] | None"
+    vocab_size: int
+    """How many ids student and teacher share; no text has another."""
     left_out: str = ""
     """A sentence on the rows that nothing is learned from, if there are any."""
 

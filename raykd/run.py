@@ -64,11 +64,11 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
     if data.left_out:
         say(console, data.left_out)
     connect(experiment)
-    refuse_too_large(experiment, tokenizer)
+    refuse_too_large(experiment, tokenizer, data.vocab_size)
     if idle := idle_gpus(experiment):
         say(console, idle)
     folder = checkpoint.run if checkpoint else new_folder(experiment)
-    facts = model_facts(experiment, tokenizer, folder)
+    facts = model_facts(experiment, tokenizer, data.vocab_size, folder)
     say(console, f"run directory {folder}; starting the workers")
     tracking, config = experiment.tracking, experiment.model_dump(mode="json")
     # Before the workers: Weights & Biases may refuse its key.
@@ -134,6 +134,7 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
         held_out=shuffled[:held_out],
         decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
         text=text,
+        vocab_size=vocab_size,
         left_out=left_out if len(prompts) < len(rows) else "",
     )
 
@@ -189,14 +190,14 @@ def _check_listens(address: str) -> None:
         ) from error
 
 
-def refuse_too_large(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> None:
+def refuse_too_large(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
     """Raises ValueError for a worker that no GPU of the cluster can hold, where Ray says of what types they are."""
     if not experiment.gpus():
         return
     with_gpus = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
     types = [name.partition(":")[2] for resources in with_gpus for name in resources if name.startswith("accelerator_type:")]
     largest = gpu_bytes(types)
-    if largest and (refusal := plan(experiment, tokenizer).refusal(largest)):
+    if largest and (refusal := plan(experiment, tokenizer, vocab_size).refusal(largest)):
         raise ValueError(refusal)
 
 

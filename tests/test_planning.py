@@ -2,7 +2,6 @@
 
 import gc
 import multiprocessing
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,14 @@ import pytest
 import torch
 from dolly import LARGE, SMALL, TRAINING_ONLY, Layout
 from example_text import text, text_tokenizer
+from test_learner import free_port
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from raykd.algorithms import GKD, SFT, MiniLLM
 from raykd.algorithms.token_divergences import ReverseKL, TopK
 from raykd.collate import LossTerm
 from raykd.experiment import Experiment, LearnerConfig, LoRA, Model, Optimiser, Stage, TeacherConfig
+from raykd.models import vocabulary
 from raykd.planning import Plan, Size, Worker, gpu_bytes, plan
 from raykd.projection import Head
 from raykd.records import Rollout, Row, Source, Totals
@@ -80,7 +81,8 @@ def experiment(learner: LearnerConfig, **changes: Any) -> Experiment:
 
 
 def planned(learner: LearnerConfig, **changes: Any) -> Plan:
-    return plan(experiment(learner, **changes), text_tokenizer())
+    asked, tokenizer = experiment(learner, **changes), text_tokenizer()
+    return plan(asked, tokenizer, vocabulary(asked, tokenizer))
 
 
 def worker(of: Plan, role: str) -> Worker:
@@ -252,9 +254,3 @@ def test_the_layouts_of_the_experiments_fit_the_gpus_that_they_name(layout: Layo
     )
     for each in of.workers:
         assert each.bytes() < 80e9, each
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]

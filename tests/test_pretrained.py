@@ -68,7 +68,7 @@ def test_a_response_ends_at_the_tokenizers_eos_and_at_those_that_the_model_lists
     ):
         GenerationConfig(eos_token_id=listed).save_pretrained(tmp_path)
         assert eos_ids(str(tmp_path), tokenizer) == (own, *others)
-        assert model_facts(run, tokenizer, tmp_path).eos_ids == (own, *others)
+        assert model_facts(run, tokenizer, len(tokenizer), tmp_path).eos_ids == (own, *others)
         assert prepare(run, tokenizer).held_out[0].response == answer, "and so do reference answers"
 
 

@@ -53,7 +53,7 @@ def run_in_process(experiment: Experiment, console: Console, *, reads: bool = Fa
     else:
         shutil.rmtree(folder, ignore_errors=True)
         new_folder(experiment)
-    facts = model_facts(experiment, tokenizer, folder)
+    facts = model_facts(experiment, tokenizer, data.vocab_size, folder)
     workers = InProcess(experiment, facts)
     config = experiment.model_dump(mode="json")
     with Tracker(folder, config, name=folder.name, wandb=False, project="", console=console) as tracker:

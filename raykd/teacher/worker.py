@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from raykd.algorithms.base import Needs
 from raykd.experiment import TeacherConfig
-from raykd.payloads import Probe, Top, payload_bytes
+from raykd.payloads import Probe, Top, chosen_payload, payload_bytes
 from raykd.projection import Head, teacher_probe, teacher_top
 from raykd.records import Rollout, Scores
 from raykd.teacher.states import PrefillStates, States
@@ -45,7 +45,7 @@ class Teacher:
     def payload(self, top_k: int | None = None) -> str:
         """What is sent: ``hidden``, ``logits``, or ``top`` where a divergence looks at ``top_k`` tokens only."""
         sizes = payload_bytes(self._head.weight.shape[1], self.vocab_size, self._head.weight.dtype, top_k)
-        return self.config.payload if self.config.payload != "auto" else min(sizes, key=lambda payload: sizes[payload])
+        return chosen_payload(self.config.payload, sizes)
 
     def head(self) -> Head:
         """The language-model head on the CPU, cut to the true vocabulary: the learner's copy."""
