@@ -105,8 +105,8 @@ class Task:
 
     def prepare(self) -> None:
         """Both models and the prompts. The logits are scaled so that the distributions are not flat."""
-        from raykd.prompts import tokenise_documents
         from raykd.sources import Documents, read_rows
+        from raykd.tokenise import tokenise_documents
 
         tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
         for seed, name in enumerate(SHAPES):

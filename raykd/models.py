@@ -19,7 +19,7 @@ from raykd.actors import ModelFacts
 from raykd.experiment import Experiment, Model
 from raykd.lora import check_targets
 from raykd.pretrained import check_kind, eos_ids, known_ids, load, load_config, locate, shared_ids
-from raykd.prompts import eos_id
+from raykd.tokenise import eos_id
 
 OF_ANY_ARCHITECTURE = ("model_type", "quantization_config", "rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
 """Fields of a configuration that transformers knows though no architecture lists them."""

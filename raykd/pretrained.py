@@ -12,7 +12,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from raykd.prompts import eos_id
+from raykd.tokenise import eos_id
 
 
 def locate(who: str, name: str) -> str:

@@ -1,114 +1,50 @@
-"""Rows -> tokenised prompts, once. Everything after this file carries ids.
+"""The prompts of a run: ids in one block, and the order in which they are taken.
 
-tokenise, tokenise_documents -> list[Prompt]
-pack_text                    -> chunks of plain text for a language-modelling loss
-PromptStream                 -> a shuffled, endless, resumable stream over one of them
+Prompts      -> tokenised prompts and their responses, as a sequence of Prompt
+PromptStream -> a shuffled, endless, resumable stream over them
+Data         -> everything that a run learns from and is measured on
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
 from raykd.records import Prompt
-from raykd.sources import Conversations, Documents, Pairs, Row, conversation, document, pair
-
-Encode = Callable[[Sequence[str]], list[list[int]]]
-TOGETHER = 1000
-"""Texts that are handed to the tokenizer at once, which has a thread for each core."""
 
 
-def tokenise(
-    rows: Iterable[Row],
-    source: Pairs | Conversations,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_prompt: int,
-    max_response: int,
-    eos_ids: Sequence[int] = (),
-) -> list[Prompt]:
-    """Prompts of at most ``max_prompt`` tokens (longer ones are left out), answers cut at ``max_response``.
+class Prompts(Sequence[Prompt]):
+    """Tokenised prompts with their responses, in 4 bytes a token and 40 a prompt: a tuple of Python's takes 43 a token.
 
-    A response is tokenised as the continuation of its prompt, so that a student sees in training the ids it would itself
-    produce after that prompt, and ends where the student would: at the first of ``eos_ids``, by default the tokenizer's EOS.
-    Raises ValueError naming the row when a field is missing or nothing is left.
+    A slice, or an array of indices, gives prompts that share the tokens.
     """
-    encode = partial(_encode if source.chat is None else _encode_as_it_stands, tokenizer)
-    name, prompts = Path(source.path).name, []
-    for some in _slices(rows):
-        pairs = [(index, *_texts(source, row, index, tokenizer)) for index, row in some]
-        encoded = zip(pairs, encode([prompt for _, prompt, _ in pairs]), strict=True)
-        kept = [(*pair, tuple(ids)) for pair, ids in encoded if 0 < len(ids) <= max_prompt]
-        answered = [(text, ids, answer) for _, text, answer, ids in kept if answer is not None]
-        responses = iter(_continuations(encode, tokenizer, answered))
-        for index, _, answer, ids in kept:
-            response, finished = ((), True) if answer is None else _cut(next(responses), tokenizer, eos_ids, max_response)
-            prompts.append(Prompt(id=f"{name}:{index}", tokens=ids, response=response, finished=finished))
-    if not prompts:
-        raise ValueError(f"data set {source.path}: no prompt has at most max_prompt={max_prompt} tokens; raise max_prompt")
-    return prompts
 
+    def __init__(self, label: str, tokens: np.ndarray, places: np.ndarray) -> None:
+        """``label``: what stands before the number of a row in a prompt's id. ``tokens``: int32, prompt and response end to end.
+        ``places`` [prompts, 5]: row, first token, tokens of the prompt, tokens of the response, whether it is finished."""
+        self._label, self.tokens, self._places = label, tokens, places
 
-def tokenise_documents(
-    rows: Iterable[Row],
-    source: Documents,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_response: int,
-    eos_ids: Sequence[int] = (),
-) -> list[Prompt]:
-    """Each document split at ``prompt_tokens``: prompt and reference continuation. Documents no longer than that are left out."""
-    name, prompts = Path(source.path).name, []
-    for index, ids in _documents(rows, source, tokenizer):
-        if len(ids) > source.prompt_tokens:
-            prompt, rest = tuple(ids[: source.prompt_tokens]), tuple(ids[source.prompt_tokens :])
-            response, finished = _cut(rest, tokenizer, eos_ids, max_response)
-            prompts.append(Prompt(id=f"{name}:{index}", tokens=prompt, response=response, finished=finished))
-    if not prompts:
-        raise ValueError(f"data set {source.path}: no document has more than prompt_tokens={source.prompt_tokens} tokens")
-    return prompts
-
-
-class Chunks(Sequence[Prompt]):
-    """Chunks of plain text, of one length: the first token is the prompt, the rest is to be predicted. 4 bytes a token."""
-
-    def __init__(self, name: str, tokens: np.ndarray) -> None:
-        """``tokens`` [chunks, length]."""
-        self._name, self.tokens = name, tokens
+    @classmethod
+    def collect(cls, label: str, rows: Iterable[tuple[int, Sequence[int], Sequence[int], bool]]) -> Self:
+        """From (row, prompt, response, finished) of each."""
+        tokens, places = array("i"), array("q")
+        for row, prompt, response, finished in rows:
+            places.extend((row, len(tokens), len(prompt), len(response), finished))
+            tokens.extend(prompt)
+            tokens.extend(response)
+        return cls(label, np.asarray(tokens), np.asarray(places).reshape(-1, 5))
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self._places)
 
     def __getitem__(self, index: Any) -> Any:
-        place = range(len(self))[index]
-        if isinstance(place, range):
-            return [self[each] for each in place]
-        first, *rest = self.tokens[place].tolist()
-        return Prompt(id=f"{self._name}:chunk{place}", tokens=(first,), response=tuple(rest), finished=False)
-
-
-def pack_text(rows: Iterable[Row], source: Documents, tokenizer: PreTrainedTokenizerBase, *, length: int) -> Chunks:
-    """Documents joined with EOS and cut into chunks of ``length`` tokens. The last, shorter chunk is dropped."""
-    end = eos_id(tokenizer)
-    documents = [np.array([*ids, end], dtype=np.int32) for _, ids in _documents(rows, source, tokenizer)]
-    tokens = np.concatenate(documents) if documents else np.empty(0, dtype=np.int32)
-    count = len(tokens) // length
-    if not count:
-        raise ValueError(f"plain text {source.path} has {len(tokens)} tokens, fewer than one chunk of {length}; bring more text")
-    return Chunks(Path(source.path).name, tokens[: count * length].reshape(count, length))
-
-
-def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends a response; raises ValueError when the tokenizer has none."""
-    token_id = tokenizer.eos_token_id
-    if not isinstance(token_id, int):
-        raise ValueError(f"tokenizer {tokenizer.name_or_path} has no EOS token: a response could never end; set eos_token")
-    return token_id
+        if isinstance(index, slice | np.ndarray):
+            return type(self)(self._label, self.tokens, self._places[index])
+        row, start, prompt, response, finished = self._places[index].tolist()
+        ids = tuple(self.tokens[start : start + prompt + response].tolist())
+        return Prompt(id=f"{self._label}{row}", tokens=ids[:prompt], response=ids[prompt:], finished=bool(finished))
 
 
 Item = TypeVar("Item")
@@ -136,7 +72,8 @@ class PromptStream(Generic[Item]):
             raise ValueError("a prompt stream needs at least one item")
         self.items, self.seed = items, seed
         self.epoch, self.cursor = 0, 0
-        self._order = self._shuffled()
+        self.order = self._shuffled()
+        """Indices of the items, as this pass takes them."""
 
     def take(self, count: int) -> list[Item]:
         """The next ``count`` items; a new shuffle begins when a pass is used up."""
@@ -144,8 +81,8 @@ class PromptStream(Generic[Item]):
         while len(taken) < count:
             if self.cursor == len(self.items):
                 self.epoch, self.cursor = self.epoch + 1, 0
-                self._order = self._shuffled()
-            taken.append(self.items[self._order[self.cursor]])
+                self.order = self._shuffled()
+            taken.append(self.items[self.order[self.cursor]])
             self.cursor += 1
         return taken
 
@@ -159,79 +96,7 @@ class PromptStream(Generic[Item]):
                 "prompt lengths and evaluation.prompts"
             )
         self.epoch, self.cursor = state["epoch"], state["cursor"]
-        self._order = self._shuffled()
+        self.order = self._shuffled()
 
     def _shuffled(self) -> np.ndarray:
         return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.items))
-
-
-def _texts(source: Pairs | Conversations, row: Row, index: int, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str | None]:
-    """Prompt and response of a row, laid out where they are a chat."""
-    if isinstance(source, Conversations):
-        chat, (messages, answer) = source.chat, conversation(source, row, index)
-    else:
-        prompt, answer = pair(source, row, index)
-        chat, messages = source.chat, [{"role": "user", "content": prompt}]
-        if chat is None:
-            return prompt, answer
-    try:
-        return chat.lay_out(tokenizer, messages, answer)
-    except ValueError as error:
-        raise ValueError(f"{source.path}, row {index + 1}: {error}") from error
-
-
-def _slices(rows: Iterable[Row]) -> Iterator[list[tuple[int, Row]]]:
-    """Numbered from 0."""
-    numbered = enumerate(rows)
-    while some := list(islice(numbered, TOGETHER)):
-        yield some
-
-
-def _documents(rows: Iterable[Row], source: Documents, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, list[int]]]:
-    """The ids of each row's text, with the row's number."""
-    for some in _slices(rows):
-        texts = [document(source, row, index) for index, row in some]
-        yield from zip((index for index, _ in some), _encode(tokenizer, texts), strict=True)
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids as at the start of a sequence, without the EOS that some tokenizers append, and with one BOS where a text brings its
-    own."""
-    if not texts:
-        return []
-    encoded = []
-    for text, ids in zip(texts, tokenizer(list(texts), verbose=False)["input_ids"], strict=True):
-        twice = ids[:2] == [tokenizer.bos_token_id] * 2 and text.startswith(str(tokenizer.bos_token))
-        ended = ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(str(tokenizer.eos_token))
-        encoded.append(ids[int(twice) : len(ids) - bool(ended)])
-    return encoded
-
-
-def _encode_as_it_stands(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Ids of texts that have all their special tokens, as a chat template writes them."""
-    return tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-
-
-def _continuations(
-    encode: Encode, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[tuple[str, tuple[int, ...], str]]
-) -> list[tuple[int, ...]]:
-    """Ids of the answers to (prompt, its ids, answer)."""
-    wholes = encode([prompt + answer for prompt, _, answer in pairs])
-    goes_on = [tuple(whole[: len(ids)]) == ids for (_, ids, _), whole in zip(pairs, wholes, strict=True)]
-    # A token would span the boundary; at generation the prompt stands alone, so the answer starts a new token.
-    others = [answer for (_, _, answer), continues in zip(pairs, goes_on, strict=True) if not continues]
-    alone = iter(_encode_as_it_stands(tokenizer, others))
-    return [
-        tuple(whole[len(ids) :] if continues else next(alone))
-        for (_, ids, _), whole, continues in zip(pairs, wholes, goes_on, strict=True)
-    ]
-
-
-def _cut(
-    ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, eos_ids: Sequence[int], max_response: int
-) -> tuple[tuple[int, ...], bool]:
-    """Up to the first of ``eos_ids``, by default the tokenizer's EOS; where there is none, the first of them is added."""
-    ends = eos_ids or (eos_id(tokenizer),)
-    length = next((place for place, token in enumerate(ids, 1) if token in ends), None)
-    whole = ids[:length] if length else (*ids, ends[0])
-    return whole[:max_response], len(whole) <= max_response

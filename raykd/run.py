@@ -3,7 +3,7 @@
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,13 @@ from raykd.experiment import Experiment, FunctionReward
 from raykd.models import check_models, ends, model_facts, vocabulary
 from raykd.phases import Position
 from raykd.planning import gpu_bytes, plan
-from raykd.prompts import Data, PromptStream, pack_text, tokenise, tokenise_documents
-from raykd.records import Prompt
+from raykd.prompts import Data, Prompts, PromptStream
 from raykd.report import write_report
 from raykd.reward import load_function
 from raykd.run_directory import describe, new_folder, refuse_changes
 from raykd.sources import Documents, read_rows
 from raykd.start import start_workers
+from raykd.tokenise import pack_text, tokenise, tokenise_documents
 from raykd.tracking import Tracker, say
 from raykd.train import train
 from raykd.usage import advice
@@ -112,26 +112,28 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
     vocab_size = vocabulary(experiment, tokenizer)
     _check_ids(prompts, vocab_size, tokenizer)
     left_out = f"data {source.path}: {len(prompts):,} of {len(rows):,} rows are used, the others are {reason}"
-    held_out = experiment.evaluation.prompts
-    if len(prompts) <= held_out:
+    num_held_out = experiment.evaluation.prompts
+    if len(prompts) <= num_held_out:
         raise ValueError(
-            f"data {source.path} gives {len(prompts)} prompts, evaluation.prompts holds out {held_out}: "
+            f"data {source.path} gives {len(prompts)} prompts, evaluation.prompts holds out {num_held_out}: "
             "nothing is left to train on; hold out fewer"
         )
-    shuffled = PromptStream(prompts, seed=0).take(len(prompts))
-    answers = [tokenizer.decode(list(prompt.response), skip_special_tokens=True) for prompt in shuffled[:held_out]]
+    order = PromptStream(prompts, seed=0).order
+    held_out = prompts[order[:num_held_out]]
+    answers = [tokenizer.decode(list(prompt.response), skip_special_tokens=True) for prompt in held_out]
     if not any(answers) and any(stage.keep == "rouge_l" for stage in experiment.stages):
-        raise ValueError(f"a stage keeps the best weights by rouge_l, but none of the {held_out} held-out answers has any text")
+        raise ValueError(
+            f"a stage keeps the best weights by rouge_l, but none of the {num_held_out} held-out answers has any text"
+        )
     text = None
     if experiment.text is not None:
         length = min(experiment.text_length, experiment.max_length)
         chunks = pack_text(read_rows(experiment.text), experiment.text, tokenizer, length=length)
-        if chunks.tokens.max() >= vocab_size:
-            _check_ids(chunks, vocab_size, tokenizer)
+        _check_ids(chunks, vocab_size, tokenizer)
         text = PromptStream(chunks, experiment.seed + 1)
     return Data(
-        prompts=PromptStream(shuffled[held_out:], experiment.seed),
-        held_out=shuffled[:held_out],
+        prompts=PromptStream(prompts[order[num_held_out:]], experiment.seed),
+        held_out=held_out,
         decode=lambda tokens: str(tokenizer.decode(list(tokens), skip_special_tokens=True)),
         text=text,
         vocab_size=vocab_size,
@@ -139,8 +141,10 @@ def prepare(experiment: Experiment, tokenizer: PreTrainedTokenizerBase) -> Data:
     )
 
 
-def _check_ids(prompts: Sequence[Prompt], vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+def _check_ids(prompts: Prompts, vocab_size: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError for a token that student or teacher does not know."""
+    if prompts.tokens.max() < vocab_size:
+        return
     for prompt in prompts:
         if (largest := max(prompt.tokens + prompt.response)) >= vocab_size:
             raise ValueError(

@@ -4,11 +4,11 @@ read_rows(source) -> rows (dicts), from a file, a folder or the Hub
 Pairs, Conversations, Documents: what a row is
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import date, time, timedelta
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import Field, field_validator
 
@@ -27,6 +27,15 @@ ALPACA_WITHOUT_INPUT = (
 """The prompts of MiniLLM's evaluation (and of Alpaca before it)."""
 
 Row = Mapping[str, Any]
+
+
+class Rows(Protocol):
+    """Rows of a data set, each read when it is asked for; a list of them will do, too."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Row]: ...
+    def __getitem__(self, index: int, /) -> Row: ...
+
 
 LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
 """File suffix (a final ``.gz`` set aside) -> loader of the datasets library."""
@@ -100,7 +109,7 @@ class Documents(DataSource):
     prompt_tokens: int = Field(default=16, ge=1)
 
 
-def read_rows(source: DataSource) -> list[dict[str, Any]]:
+def read_rows(source: DataSource) -> Rows:
     """The rows of a data source; raises ValueError naming the path when it is missing, unreadable or empty."""
     import datasets  # heavy, and only the driver reads data
 
@@ -126,8 +135,8 @@ def read_rows(source: DataSource) -> list[dict[str, Any]]:
         while reason.__cause__:  # "An error occurred while generating the dataset" says nothing
             reason = reason.__cause__
         raise ValueError(f"data set {source.path} (split {source.split}) cannot be read: {reason}") from error
-    rows = list(data.select(range(min(len(data), source.limit or len(data)))))
-    if not rows:
+    rows = data.select(range(min(len(data), source.limit or len(data))))
+    if not len(rows):
         raise ValueError(f"data set {source.path} is empty: it has no rows")
     return rows  # pyright: ignore[reportReturnType]  an unformatted data set gives dicts
 

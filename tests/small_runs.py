@@ -8,9 +8,9 @@ from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from raykd.experiment import EngineConfig
-from raykd.prompts import PromptStream, tokenise
-from raykd.records import Prompt
+from raykd.prompts import Prompts, PromptStream
 from raykd.sources import Pairs, read_rows
+from raykd.tokenise import tokenise
 
 MAX_PROMPT, MAX_RESPONSE = 24, 24
 ON_CPU = EngineConfig(dtype="float32", cpu_cache_gib=0.25)
@@ -29,7 +29,7 @@ def llama(hidden: int) -> dict[str, object]:
     }
 
 
-def prompts() -> list[Prompt]:
+def prompts() -> Prompts:
     source = Pairs(path=str(text().pairs))
     return tokenise(read_rows(source), source, text_tokenizer(), max_prompt=MAX_PROMPT, max_response=MAX_RESPONSE)
 

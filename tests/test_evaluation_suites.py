@@ -40,6 +40,10 @@ def only(name: str) -> Suite:
     return suite
 
 
+def first_row(suite: Suite) -> Pairs:
+    return suite.data.model_copy(update={"limit": 1})
+
+
 @pytest.mark.parametrize(("name", "rows"), [("dolly", 500), ("self_inst", 252), ("vicuna", 80)])
 def test_all_rows_of_minillms_suites_fit_gpt2_with_256_new_tokens(name: str, rows: int, gpt2: PreTrainedTokenizerBase):
     suite = only(name)
@@ -63,7 +67,7 @@ def test_a_question_is_the_papers_prompt_and_its_reference(gpt2: PreTrainedToken
     assert gpt2.decode(list(first.prompt.response[: first.reference_length])) == rows[0]["output"]
     short = questions(suite.model_copy(update={"max_tokens": 3}), rows, gpt2, 768)[0]
     assert short.reference_length == first.reference_length > 3 == len(short.prompt.response)
-    without_input = questions(only("vicuna"), read_rows(only("vicuna").data)[:1], gpt2, 768)[0]
+    without_input = questions(only("vicuna"), read_rows(first_row(only("vicuna"))), gpt2, 768)[0]
     assert str(gpt2.decode(list(without_input.prompt.tokens))).endswith("time management skills?\n\n### Response:\n")
 
 
@@ -79,7 +83,7 @@ def test_every_built_in_suite_reads_its_rows(data: Path, gpt2: PreTrainedTokeniz
 
 def test_several_references_a_number_and_a_translation(gpt2: PreTrainedTokenizerBase, data: Path):
     def first(name: str):
-        return questions(only(name), read_rows(only(name).data)[:1], gpt2, 768)[0]
+        return questions(only(name), read_rows(first_row(only(name))), gpt2, 768)[0]
 
     assert len(first("dialogsum").references) == 3
     assert first("gsm8k").references == ("18",) and first("gsm8k").reference_length == 1

@@ -6,14 +6,16 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from example_text import text_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from raykd.chat import Chat
-from raykd.prompts import PromptStream, pack_text, tokenise, tokenise_documents
+from raykd.prompts import Prompts, PromptStream
 from raykd.records import Prompt
 from raykd.sources import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, Conversations, Documents, Pairs, read_rows
+from raykd.tokenise import pack_text, tokenise, tokenise_documents
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -183,9 +185,10 @@ def test_files_are_read_whatever_their_form(tmp_path: Path):
     plain = write(tmp_path / "a.jsonl", rows)
     zipped = tmp_path / "a.jsonl.gz"
     zipped.write_bytes(gzip.compress(plain.read_bytes()))
-    assert read_rows(Pairs(path=str(plain))) == read_rows(Pairs(path=str(zipped))) == rows
-    assert read_rows(Pairs(path=str(plain), limit=1)) == rows[:1]
-    assert read_rows(Pairs(path=str(plain), split="train[1:]")) == rows[1:], "what is held back of a data set stays so in a file"
+    assert [*read_rows(Pairs(path=str(plain)))] == [*read_rows(Pairs(path=str(zipped)))] == rows
+    assert [*read_rows(Pairs(path=str(plain), limit=1))] == rows[:1]
+    kept = read_rows(Pairs(path=str(plain), split="train[1:]"))
+    assert [*kept] == rows[1:], "what is held back of a data set stays so in a file"
 
 
 @pytest.mark.parametrize(
@@ -229,20 +232,30 @@ def test_rows_are_tokenised_alike_together_and_alone(monkeypatch: pytest.MonkeyP
     pairs = [{"prompt": "say " * (1 + index % 5), "response": "date" * (index % 3)} for index in range(20)]
     texts = [{"text": "one two three " * (index % 4)} for index in range(20)]
 
-    def found() -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    def found() -> list[list[Prompt]]:
         prompts = tokenise(pairs, Pairs(path="x"), tokenizer, max_prompt=4, max_response=8)
         documents = tokenise_documents(texts, Documents(path="d", prompt_tokens=2), tokenizer, max_response=8)
-        return prompts, documents, [*pack_text(texts, Documents(path="d"), tokenizer, length=5)]
+        return [[*prompts], [*documents], [*pack_text(texts, Documents(path="d"), tokenizer, length=5)]]
 
     together = found()
-    monkeypatch.setattr("raykd.prompts.TOGETHER", 1)
+    monkeypatch.setattr("raykd.tokenise.TOGETHER", 1)
     assert found() == together
     assert len({prompt.id for prompt in together[0]}) == len(together[0]) < len(pairs), "long ones are left out"
 
 
-def test_plain_text_takes_four_bytes_a_token():
-    chunks = pack_text([{"text": "one two three"}] * 100, Documents(path="d"), text_tokenizer(), length=8)
-    assert chunks.tokens.nbytes == 4 * 8 * len(chunks)
+def test_a_million_rows_fit_the_driver():
+    """Four bytes a token and forty a row; what is held out and what is learned from share the tokens."""
+    rows = [(row, range(row % 5 + 1), range(row % 3), row % 2 == 0) for row in range(1000)]
+    prompts = Prompts.collect("x:", rows)
+    assert prompts.tokens.nbytes == 4 * sum(len(prompt) + len(response) for _, prompt, response, _ in rows)
+    wanted = [Prompt(id=f"x:{r}", tokens=tuple(p), response=tuple(a), finished=f) for r, p, a, f in rows]
+    assert [*prompts] == wanted and prompts[-1] == wanted[-1] and [*prompts[10:20:3]] == wanted[10:20:3]
+    order = np.random.default_rng(0).permutation(1000)
+    some = prompts[order[:7]]
+    assert [*some[2:]] == [wanted[place] for place in order[2:7]] and some.tokens is prompts.tokens
+    assert not prompts[:0]
+    with pytest.raises(IndexError):
+        prompts[1000]
 
 
 def test_a_stream_shuffles_every_pass_and_resumes_from_two_integers():

@@ -9,9 +9,9 @@ from example_text import text, text_tokenizer
 from transformers import AutoConfig, LlamaForSequenceClassification
 
 from raykd.experiment import ClassifierReward, FunctionReward
-from raykd.prompts import eos_id
 from raykd.records import Rollout, Source
 from raykd.reward import Reward, load_function
+from raykd.tokenise import eos_id
 
 FUNCTIONS = """
 from __future__ import annotations

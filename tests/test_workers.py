@@ -20,12 +20,12 @@ from raykd.algorithms import GKD, SFT, MiniLLM
 from raykd.algorithms.base import Needs
 from raykd.algorithms.token_divergences import ReverseKL
 from raykd.experiment import Experiment, LearnerConfig, Model, Optimiser, RolloutConfig, Stage, TeacherConfig
-from raykd.prompts import eos_id
 from raykd.records import Rollout, Scores, Source
 from raykd.run import connect
 from raykd.sharing import Region
 from raykd.sources import Documents, Pairs
 from raykd.start import start_workers
+from raykd.tokenise import eos_id
 from raykd.weights import WeightUpdate, unpack, verify
 from raykd.workers import Term, Workers, unscored
 

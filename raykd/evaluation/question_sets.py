@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from raykd.evaluation.suites import LabelQuestion, LabelSuite, Question, Row, Suite, label_questions, questions
+from raykd.evaluation.suites import LabelQuestion, LabelSuite, Question, Suite, label_questions, questions
 from raykd.pretrained import eos_ids, known_ids, load, load_config, locate, shared_ids
 from raykd.records import Rollout
-from raykd.sources import read_rows
+from raykd.sources import Rows, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def share_ids(question_sets: Mapping[str, QuestionSet], teacher: str) -> dict[st
 
 
 def _question_set(
-    model: str, suites: Sequence[Suite | LabelSuite], rows: Mapping[str, Sequence[Row]], max_prompt: int | None
+    model: str, suites: Sequence[Suite | LabelSuite], rows: Mapping[str, Rows], max_prompt: int | None
 ) -> QuestionSet:
     tokenizer = load("model", model, AutoTokenizer)
     config, folder = load_config("model", model), locate("model", model)

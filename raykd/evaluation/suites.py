@@ -10,9 +10,10 @@ from typing import Self
 from pydantic import Field, model_validator
 from transformers import PreTrainedTokenizerBase
 
-from raykd.prompts import tokenise
+from raykd.prompts import Prompts
 from raykd.records import Prompt
-from raykd.sources import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, LOADERS, Pairs, Row
+from raykd.sources import ALPACA_WITH_INPUT, ALPACA_WITHOUT_INPUT, LOADERS, Pairs, Row, Rows
+from raykd.tokenise import tokenise
 from raykd.value import Value
 
 
@@ -81,7 +82,7 @@ class LabelQuestion:
 
 
 def questions(
-    suite: Suite, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_prompt: int, eos_ids: Sequence[int] = ()
+    suite: Suite, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_prompt: int, eos_ids: Sequence[int] = ()
 ) -> list[Question]:
     """The rows whose prompt has at most ``max_prompt`` tokens; raises ValueError naming the suite when there is none. ``eos_ids``
     end an answer, by default the tokenizer's EOS does."""
@@ -90,7 +91,7 @@ def questions(
 
 
 def label_questions(
-    suite: LabelSuite, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_prompt: int, eos_ids: Sequence[int] = ()
+    suite: LabelSuite, rows: Rows, tokenizer: PreTrainedTokenizerBase, max_prompt: int, eos_ids: Sequence[int] = ()
 ) -> list[LabelQuestion]:
     """As ``questions``; each word is tokenised as the continuation of the prompt."""
     words = [
@@ -153,12 +154,12 @@ def _accepted(suite: Suite, row: Row, index: int) -> tuple[str, ...]:
 
 def _tokenise(
     suite: Suite | LabelSuite,
-    rows: Sequence[Row],
+    rows: Rows,
     data: Pairs,
     tokenizer: PreTrainedTokenizerBase,
     max_prompt: int,
     eos_ids: Sequence[int],
-) -> list[Prompt]:
+) -> Prompts:
     try:
         return tokenise(rows, data, tokenizer, max_prompt=max_prompt, max_response=suite.max_tokens, eos_ids=eos_ids)
     except ValueError as error:
