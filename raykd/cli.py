@@ -24,7 +24,8 @@ ALSO = """
 
 Also: --resume RUN goes on with a run directory from its newest checkpoint, with the experiment that is written there and any
 options; --scale NAME takes another size of the same run, where the file has some; --plan prints what the run takes, in memory,
-traffic and storage, and stops; --show prints the experiment as JSON and stops."""
+traffic and storage, and with the name of a GPU (--plan H100) about how long, and stops; --show prints the experiment as JSON
+and stops."""
 
 
 def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] | None = None) -> None:
@@ -51,8 +52,8 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
         if options.show:
             console.print_json(experiment.model_dump_json())
             return
-        if options.plan:
-            _print_plan(experiment, console)
+        if options.plan is not None:
+            _print_plan(experiment, options.plan, console)
             return
         from raykd.run import run
 
@@ -80,12 +81,12 @@ def _refuse(console: Console, error: ValueError) -> NoReturn:
     sys.exit(2)
 
 
-def _print_plan(experiment: Experiment, console: Console) -> None:
+def _print_plan(experiment: Experiment, gpu: str, console: Console) -> None:
     from raykd.models import check_models, vocabulary
     from raykd.planning import plan
 
     tokenizer = check_models(experiment)
-    planned = plan(experiment, tokenizer, vocabulary(experiment, tokenizer))
+    planned = plan(experiment, tokenizer, vocabulary(experiment, tokenizer), gpu)
     console.print(planned.table())
     for note in planned.notes:
         say(console, note)
@@ -95,6 +96,6 @@ def _options(scales: list[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path, metavar="RUN")
     parser.add_argument("--scale", choices=scales)
-    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--plan", nargs="?", const="", metavar="GPU")
     parser.add_argument("--show", action="store_true")
     return parser

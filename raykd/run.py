@@ -169,7 +169,7 @@ def connect(experiment: Experiment) -> None:
             raise ValueError(f"RAY_ADDRESS {address}: {error}") from error
     available = ray.cluster_resources().get("GPU", 0.0)
     largest = max((node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]), default=0.0)
-    for role, amount in _asked(experiment).items():
+    for role, amount in experiment.gpus_each().items():
         if amount > largest:
             raise ValueError(
                 f"{role} {amount:g} must be on one node, no node of the cluster has more than {largest:g} GPUs; lower it"
@@ -195,30 +195,25 @@ def _check_listens(address: str) -> None:
 
 
 def refuse_too_large(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raises ValueError for a worker that no GPU of the cluster can hold, where Ray says of what types they are."""
+    """Raises ValueError for a worker that no GPU of the cluster can hold, or workers that all of them cannot, where Ray says of
+    what types they are."""
     if not experiment.gpus():
         return
     with_gpus = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
     types = [name.partition(":")[2] for resources in with_gpus for name in resources if name.startswith("accelerator_type:")]
     largest = gpu_bytes(types)
-    if largest and (refusal := plan(experiment, tokenizer, vocab_size).refusal(largest)):
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    if largest and (refusal := plan(experiment, tokenizer, vocab_size).refusal(largest, gpus)):
         raise ValueError(refusal)
 
 
 def idle_gpus(experiment: Experiment) -> str:
     """One sentence where a cluster has GPUs and some worker asks for none; else nothing."""
     available = ray.cluster_resources().get("GPU", 0.0)
-    without = [role for role, amount in _asked(experiment).items() if not amount]
+    without = [role for role, amount in experiment.gpus_each().items() if not amount]
     if not (available and without):
         return ""
     return (
         f"the cluster has {available:g} GPUs, {', '.join(without)} ask for none: these workers compute on the CPU, an engine of "
         "vLLM for GPUs on one that is not reserved for it; give them GPUs, a share of one will do"
     )
-
-
-def _asked(experiment: Experiment) -> dict[str, float]:
-    """GPUs of one worker of each kind that is started."""
-    asked = {"learner.gpus": experiment.learner.gpus}
-    asked |= {"teachers.gpus": experiment.teachers.gpus} if experiment.num_teachers else {}
-    return asked | ({"rollout.gpus": experiment.rollout.gpus} if experiment.num_rollouts else {})

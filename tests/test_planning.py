@@ -10,14 +10,26 @@ import torch
 from dolly import LARGE, SMALL, TRAINING_ONLY, Layout
 from example_text import text, text_tokenizer
 from test_learner import free_port
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 from raykd.algorithms import GKD, SFT, MiniLLM
 from raykd.algorithms.token_divergences import ReverseKL, TopK
 from raykd.collate import LossTerm
-from raykd.experiment import Experiment, LearnerConfig, LoRA, Model, Optimiser, Stage, TeacherConfig
+from raykd.experiment import (
+    EngineConfig,
+    Experiment,
+    LearnerConfig,
+    LoRA,
+    Model,
+    Optimiser,
+    RolloutConfig,
+    Stage,
+    TeacherConfig,
+)
 from raykd.models import vocabulary
 from raykd.planning import Plan, Size, Worker, gpu_bytes, plan
+from raykd.planning.durations import RATES, REACHED, Rates, Work, Workload, workload
 from raykd.projection import Head
 from raykd.records import Rollout, Row, Source, Totals
 from raykd.sources import Pairs
@@ -85,6 +97,11 @@ def planned(learner: LearnerConfig, **changes: Any) -> Plan:
     return plan(asked, tokenizer, vocabulary(asked, tokenizer))
 
 
+def load(stage: Stage, *, student: Size | None = None, teacher: Size | None = None, **changes: Any) -> Workload:
+    asked = experiment(changes.pop("learner", LearnerConfig()), stages=(stage,), **changes)
+    return workload(asked, stage, student or Size.of(config(llama())), teacher, VOCAB)
+
+
 def worker(of: Plan, role: str) -> Worker:
     return next(worker for worker in of.workers if worker.role == role)
 
@@ -131,11 +148,11 @@ def peak_of(step: Any) -> int:
 
 
 def text_of(index: int) -> Rollout:
-    return Rollout(prompt_id=str(index), sample=0, prompt_tokens=(1,) * 8, tokens=tuple(range(3, 11)), source=Source.DATASET)
+    return Rollout(prompt_id=str(index), sample=0, prompt_tokens=(index,) * 8, tokens=tuple(range(3, 11)), source=Source.DATASET)
 
 
 def learn(config: LearnerConfig, rank: int, port: int, folder: str, results: Any) -> None:
-    """One rank, in a process of its own: the bytes that it holds, at most, while it learns from two texts."""
+    """One rank, in a process of its own: the bytes that it holds, at most, while it learns from two texts, and the flops."""
     import raykd.rank
     from raykd.learner import Learner
 
@@ -147,7 +164,10 @@ def learn(config: LearnerConfig, rank: int, port: int, folder: str, results: Any
     rows = [Row(rollout=text_of(index)) for index in range(2)]
     terms = [LossTerm(algorithm=SFT(), rows=rows, totals=Totals.of(rows * config.ranks))]
     learner.step(terms, 1e-6)
-    results.put(held_bytes() + peak_of(lambda: learner.step(terms, 1e-6)))
+    held = held_bytes() + peak_of(lambda: learner.step(terms, 1e-6))
+    with FlopCounterMode(display=False) as counter:
+        learner.step(terms, 1e-6)
+    results.put((held, counter.get_total_flops()))
 
 
 @pytest.fixture(scope="module")
@@ -160,18 +180,23 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.mark.stack
 @pytest.mark.parametrize("learner", LEARNERS.values(), ids=LEARNERS)
 def test_a_learner_holds_what_was_planned(student: str, learner: LearnerConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raykd.planning.REDUCE_BUCKET", BUCKET)
+    monkeypatch.setattr("raykd.planning.memory.REDUCE_BUCKET", BUCKET)
     rank = worker(planned(learner), "learner rank")
     context = multiprocessing.get_context("spawn")
     results, port = context.Queue(), free_port()
     processes = [context.Process(target=learn, args=(learner, r, port, student, results)) for r in range(learner.ranks)]
     for process in processes:
         process.start()
-    held = [results.get(timeout=300) for _ in processes]
+    found = [results.get(timeout=300) for _ in processes]
     for process in processes:
         process.join(60)
-    for found in held:
-        assert rank.bytes(certain=True) <= found == pytest.approx(rank.bytes(), rel=0.15)
+    batch = 2 * learner.ranks
+    flops = load(Stage(algorithm=SFT(), steps=1, batch_size=batch), learner=learner).learning.flops
+    for held, computed in found:
+        assert rank.bytes(certain=True) <= held == pytest.approx(rank.bytes(), rel=0.15)
+        if learner.dtype == "float32":  # products of bfloat16 to float32 are not PyTorch's, and are not counted
+            # Neither a text's last token is computed, nor a layer's last product again.
+            assert flops > computed == pytest.approx(flops, rel=0.12)
 
 
 # --- what is said of it -------------------------------------------------------------------------------------------------------
@@ -212,10 +237,18 @@ def test_what_travels_has_the_fewest_bytes() -> None:
 def test_what_no_gpu_can_hold_is_refused_with_what_would_help() -> None:
     of = planned(LearnerConfig(gpus=1))
     needed = worker(of, "learner rank").bytes(certain=True)
-    assert not of.refusal(needed + 1)
-    refusal = of.refusal(needed - 1)
+    assert not of.refusal(needed + 1, gpus=1)
+    refusal = of.refusal(needed - 1, gpus=1)
     assert "for AdamW" in refusal and "learner.zero_stage 3" in refusal
-    assert not planned(LearnerConfig()).refusal(1), "nothing is on a GPU"
+    assert not planned(LearnerConfig()).refusal(1, gpus=0), "nothing is on a GPU"
+
+
+def test_what_all_gpus_cannot_hold_together_is_refused() -> None:
+    of = planned(LearnerConfig(gpus=0.5), teachers=TeacherConfig(gpus=0.25, replicas=2))
+    learner, teacher = (worker(of, role).bytes(certain=True) for role in ("learner rank", "teacher"))
+    together = learner + 2 * teacher
+    assert not of.refusal(together, gpus=1) and not of.refusal(learner, gpus=2)
+    assert "1 x learner rank" in of.refusal(together - 1, gpus=1), "each alone would fit"
 
 
 def test_the_largest_of_a_cluster_s_gpus_counts_where_all_are_known() -> None:
@@ -254,3 +287,88 @@ def test_the_layouts_of_the_experiments_fit_the_gpus_that_they_name(layout: Layo
     )
     for each in of.workers:
         assert each.bytes() < 80e9, each
+
+
+# --- how long it takes --------------------------------------------------------------------------------------------------------
+
+SLOW = Rates(flops=1e9 / REACHED, bytes=1e9 / REACHED)
+"""A gigaflop and a gigabyte a second are reached."""
+SMALL_MODEL = Size(parameters=1000, learned=1000, width=4, layers=1, computed=500)
+LARGE_MODEL = Size(parameters=3000, learned=3000, width=8, layers=1, computed=2000)
+
+
+@pytest.mark.parametrize(
+    "shape", [config(llama()), GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=300)], ids=["llama", "gpt2"]
+)
+def test_a_forward_pass_takes_the_products_that_pytorch_counts(shape: PreTrainedConfig) -> None:
+    size, model = Size.of(shape), AutoModelForCausalLM.from_config(shape)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, 8, dtype=torch.long))
+    predicted = 2 * 8 * 2 * (size.computed + shape.vocab_size * size.width)
+    assert counter.get_total_flops() == pytest.approx(predicted, rel=0.05), "attention to eight tokens is next to nothing"
+
+
+def test_a_step_takes_what_its_formula_says() -> None:
+    """Prompts and responses of 8 tokens, a batch of 4; a forward pass: 2 n 16 + 2 V h 8."""
+    student, teacher = 2 * 500 * 16 + 2 * VOCAB * 4 * 8, 2 * 2000 * 16 + 2 * VOCAB * 8 * 8
+    models: Any = {"student": SMALL_MODEL, "teacher": LARGE_MODEL}
+    on_policy = load(Stage(algorithm=GKD(divergence=ReverseKL(), student_share=1.0), steps=1, batch_size=4), **models)
+    assert on_policy.student_writes == (4 * student, 8 * 2 * 1000) and on_policy.teacher_writes == (0, 0)
+    assert on_policy.scoring == (4 * teacher, 0)
+    assert on_policy.learning == (4 * (3 * student + 2 * VOCAB * 8 * 8), 0)
+    fine_tuning = load(Stage(algorithm=SFT(), steps=1, batch_size=4), **models)
+    assert fine_tuning.learning == (4 * 3 * student, 0) and not any([*fine_tuning.scoring, *fine_tuning.student_writes])
+    again = LearnerConfig(activation_checkpointing=True, ranks=2)
+    assert load(Stage(algorithm=SFT(), steps=1, batch_size=4), learner=again, **models).learning == (
+        2 * (3 * student + 2 * 500 * 16),
+        0,
+    )
+
+
+def test_mixed_responses_are_read_by_both_engines_and_written_in_turns() -> None:
+    mixes = MiniLLM(text_coefficient=0, teacher_share=0.25, rollouts=256)
+    stage = Stage(algorithm=mixes, steps=1, batch_size=64)
+    engine = EngineConfig(max_sequences=64)
+    two = {"rollout": RolloutConfig(replicas=2, engine=engine), "teachers": TeacherConfig(replicas=2, engine=engine)}
+    both = load(stage, student=SMALL_MODEL, teacher=LARGE_MODEL, **two)
+    student, teacher = 2 * 500 * 16 + 2 * VOCAB * 4 * 8, 2 * 2000 * 16 + 2 * VOCAB * 8 * 8
+    steps = stage.steps_per_phase
+    assert both.student_writes == pytest.approx((128 * student / steps, 2 * 0.75 * 8 * 2 * 1000 / steps))
+    assert both.teacher_writes == pytest.approx((128 * teacher / steps, 2 * 0.25 * 8 * 2 * 3000 / steps))
+    assert both.scoring == pytest.approx((128 * teacher / steps, 0))
+
+
+def test_lanes_that_overlap_take_as_long_as_the_slowest() -> None:
+    parts: Any = {"student_writes": Work(1e9), "teacher_writes": Work(0, 2e9), "scoring": Work(3e9), "learning": Work(4.5e9, 1e9)}
+    in_turn, ahead = (Workload(**parts, overlapping=overlapping).seconds(SLOW) for overlapping in (False, True))
+    assert in_turn == pytest.approx({"step": 10.5, "writing": 3, "scoring": 3, "learning": 4.5})
+    assert ahead["step"] == pytest.approx(5), "the teacher's, which writes and scores"
+
+
+def test_a_plan_for_a_kind_of_gpu_says_how_long() -> None:
+    one_each: Any = {"rollout": RolloutConfig(gpus=1), "teachers": TeacherConfig(gpus=1)}
+    stage = Stage(algorithm=GKD(divergence=ReverseKL(), student_share=1.0), steps=1000, batch_size=16, max_staleness=1)
+    asked = experiment(LearnerConfig(gpus=1), stages=(stage,), **one_each)
+    *_, said = plan(asked, text_tokenizer(), VOCAB, "H100").notes
+    assert said.startswith("stages.0: about ") and "at the same time" in said and "GPU hours for 1,000 steps" in said
+    with pytest.raises(ValueError, match="choose from L4, L40S, A100"):
+        plan(asked, text_tokenizer(), VOCAB, "K80")
+    with pytest.raises(ValueError, match=r"on GPUs, learner\.gpus, teachers\.gpus, rollout\.gpus ask for none"):
+        plan(experiment(LearnerConfig()), text_tokenizer(), VOCAB, "H100")
+    shared = experiment(
+        LearnerConfig(gpus=0.4), stages=(stage,), rollout=RolloutConfig(gpus=0.3), teachers=TeacherConfig(gpus=0.3)
+    )
+    assert not workload(shared, stage, SMALL_MODEL, LARGE_MODEL, VOCAB).overlapping, "one GPU does one thing after the other"
+
+
+def test_the_measured_rates_lie_around_the_one_that_is_planned_with() -> None:
+    """benchmarks/gpu_13b.py on an H200: 0.520 s to score, 0.420 s to learn from 16 texts of 256 + 512 tokens."""
+    student, teacher = (
+        Size.of(config(llama(hidden_size=w, intermediate_size=i, num_hidden_layers=n, num_attention_heads=h, vocab_size=32_000)))
+        for w, i, n, h in ((2048, 5504, 24, 16), (5120, 13824, 40, 40))
+    )
+    stage = Stage(algorithm=GKD(divergence=ReverseKL(), student_share=1.0), steps=1, batch_size=16)
+    asked = experiment(LearnerConfig(), stages=(stage,), max_prompt=256, max_response=512)
+    seconds = workload(asked, stage, student, teacher, 32_000).seconds(RATES["H200"])
+    assert seconds["learning"] < 0.420 and seconds["scoring"] > 0.520
+    assert seconds["learning"] + seconds["scoring"] == pytest.approx(0.520 + 0.420, rel=0.2)

@@ -201,6 +201,12 @@ class Experiment(Value):
         lanes = write, self.num_teachers * self.teachers.threads, self.learner.ranks * self.learner.threads
         return sum(lanes) if any(stage.max_staleness for stage in self.stages) else max(lanes)
 
+    def gpus_each(self) -> dict[str, float]:
+        """GPUs of one worker of each kind that is started, by the name of the setting."""
+        each = {"learner.gpus": self.learner.gpus}
+        each |= {"teachers.gpus": self.teachers.gpus} if self.num_teachers else {}
+        return each | ({"rollout.gpus": self.rollout.gpus} if self.num_rollouts else {})
+
     def gpus(self) -> float:
         """GPUs the whole run asks for."""
         teachers = self.num_teachers * self.teachers.gpus

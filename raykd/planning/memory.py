@@ -20,17 +20,17 @@ from typing import NamedTuple
 import torch
 from rich.filesize import decimal
 from rich.table import Table
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from raykd.experiment import Experiment, LearnerConfig, LoRA, Model, Stage
-from raykd.lora import adapt
+from raykd.experiment import Experiment, LearnerConfig, Model, Stage
 from raykd.models import config_of
 from raykd.payloads import chosen_payload, payload_bytes
+from raykd.planning.durations import durations
+from raykd.planning.size import BYTES, Size
 from raykd.pretrained import locate
 from raykd.projection import SIZES
 from raykd.rank import REDUCE_BUCKET, zero_stage
 
-BYTES = {"float32": 4, "bfloat16": 2}
 PROBE = 8
 """Bytes of a response token's probe."""
 OF_A_LOGIT = 12
@@ -47,6 +47,11 @@ class Part(NamedTuple):
     name: str
     bytes: int
     estimated: bool = False
+
+    @classmethod
+    def of(cls, model: Size, name: str, dtype: str, parallel: int = 1) -> "Part":
+        """A frozen model's weights, of which a GPU has one of ``parallel`` parts."""
+        return cls(name, model.weight_bytes(dtype, parallel), estimated=model.stored == 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,17 +76,25 @@ class Plan:
 
     workers: tuple[Worker, ...]
     notes: tuple[str, ...]
-    """What travels and what is stored, a sentence each."""
+    """What travels, what is stored and how long it takes, a sentence each."""
 
-    def refusal(self, gpu_bytes: int) -> str:
-        """Why a run cannot be on GPUs of so much memory each, as far as that is certain; else nothing."""
-        for worker in self.workers:
-            if worker.gpus and (needed := worker.bytes(certain=True)) > gpu_bytes:
+    def refusal(self, gpu_bytes: int, gpus: float) -> str:
+        """Why a run cannot be on so many GPUs of so much memory each, as far as that is certain; else nothing."""
+        on_gpus = [worker for worker in self.workers if worker.gpus]
+        for worker in on_gpus:
+            if (needed := worker.bytes(certain=True)) > gpu_bytes:
                 largest = max((part for part in worker.parts if not part.estimated), key=lambda part: part.bytes)
                 return (
                     f"a {worker.role} needs {decimal(needed)} on its GPU, {decimal(largest.bytes)} of it for {largest.name}, "
                     f"and the largest GPU of the cluster has {decimal(gpu_bytes)}; {worker.remedy}"
                 )
+        needed = {f"{worker.count} x {worker.role}": worker.count * worker.bytes(certain=True) for worker in on_gpus}
+        if (together := sum(needed.values())) > gpus * gpu_bytes:
+            each = ", ".join(f"{who} {decimal(share)}" for who, share in needed.items())
+            return (
+                f"the workers need {decimal(together)} of GPU memory together ({each}), the cluster's {gpus:g} GPUs have "
+                f"{decimal(int(gpus * gpu_bytes))}; use more GPUs, smaller models, learner.offload_optimiser or learner.lora.rank"
+            )
         return ""
 
     def table(self) -> Table:
@@ -94,49 +107,9 @@ class Plan:
         return table
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """What counts of a model."""
-
-    parameters: int
-    learned: int
-    """Those that have gradients."""
-    width: int
-    layers: int
-    kept: int
-    """Numbers that one layer keeps of one token for its backward pass, about: half as many again as its products read and put
-    out, with fused norms and MLPs; architectures without them keep up to twice as many."""
-    stored: int | None = None
-    """Bytes of a quantised checkpoint; 0 where they are not known."""
-
-    @classmethod
-    def of(cls, config: PreTrainedConfig, lora: LoRA | None = None) -> "Size":
-        """Of a causal model, with the adapters of ``lora``."""
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-            if lora is not None and lora.rank:
-                adapt(model, lora)
-        active = getattr(config, "num_experts_per_tok", None) or 1  # of a layer's experts, which are one tensor [experts, ., .]
-        embedding = model.get_input_embeddings().get_parameter("weight")
-        body = [p for p in model.base_model.parameters() if p is not embedding]
-        computed = sum(p.numel() * (min(1, active / len(p)) if p.ndim == 3 else 1) for p in body)
-        width, layers = embedding.shape[1], getattr(config, "num_hidden_layers", 1)
-        return cls(
-            parameters=sum(p.numel() for p in model.parameters()),
-            learned=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            width=width,
-            layers=layers,
-            kept=int(1.5 * computed / (layers * width)),
-        )
-
-    def weights(self, name: str, dtype: str, parallel: int = 1) -> Part:
-        """Its weights as a frozen model's, of which a GPU has one of ``parallel`` parts."""
-        return Part(name, (self.stored or BYTES[dtype] * self.parameters) // parallel, estimated=self.stored == 0)
-
-
-def plan(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Plan:
-    """What ``experiment`` takes; ``tokenizer``: the student's, ``vocab_size``: what it shares with the teacher's. ValueError
-    where a model cannot be found."""
+def plan(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, vocab_size: int, gpu: str = "") -> Plan:
+    """What ``experiment`` takes, on GPUs of the kind ``gpu`` also how long; ``tokenizer``: the student's, ``vocab_size``: what it
+    shares with the teacher's. ValueError where a model cannot be found, or that kind is not known."""
     student = Size.of(config_of("student", experiment.student, tokenizer), experiment.learner.lora)
     teacher = _teacher_size(experiment.teacher, tokenizer) if experiment.teacher else None
     workers = [_learner(experiment, student, teacher, vocab_size)]
@@ -144,7 +117,9 @@ def plan(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, vocab_size:
         workers.append(_teacher(experiment, teacher))
     if experiment.num_rollouts:
         workers.append(_rollout(experiment, student))
-    return Plan(workers=tuple(workers), notes=tuple(_notes(experiment, student, teacher, vocab_size)))
+    notes = [*_notes(experiment, student, teacher, vocab_size)]
+    notes += durations(experiment, student, teacher, vocab_size, gpu) if gpu else []
+    return Plan(workers=tuple(workers), notes=tuple(notes))
 
 
 def gpu_bytes(accelerators: Iterable[str]) -> int | None:
@@ -200,11 +175,11 @@ def _on_their_way(config: LearnerConfig, student: Size) -> int:
 def _teacher(experiment: Experiment, teacher: Size) -> Worker:
     config, engine = experiment.teachers, experiment.teachers.engine
     by_vllm = config.backend == "vllm"
-    parts = [teacher.weights("weights", config.dtype, engine.tensor_parallel if by_vllm else 1)]
+    parts = [Part.of(teacher, "weights", config.dtype, engine.tensor_parallel if by_vllm else 1)]
     if not by_vllm:
         parts.append(Part("activations", BYTES[config.dtype] * config.batch_tokens * teacher.kept, estimated=True))
     if experiment.teacher_writes:
-        parts.append(teacher.weights("weights of the engine that writes", engine.dtype, engine.tensor_parallel))
+        parts.append(Part.of(teacher, "weights of the engine that writes", engine.dtype, engine.tensor_parallel))
     if not config.gpus:
         parts.append(Part("KV cache", int(engine.cpu_cache_gib * 2**30) * (experiment.teacher_writes + by_vllm)))
     remedy = "set teachers.backend to vllm and raise teachers.engine.tensor_parallel, or name a quantised checkpoint"
@@ -213,7 +188,7 @@ def _teacher(experiment: Experiment, teacher: Size) -> Worker:
 
 def _rollout(experiment: Experiment, student: Size) -> Worker:
     config, engine = experiment.rollout, experiment.rollout.engine
-    parts = [student.weights("weights", engine.dtype, engine.tensor_parallel)]
+    parts = [Part.of(student, "weights", engine.dtype, engine.tensor_parallel)]
     if not config.gpus:
         parts.append(Part("KV cache", int(engine.cpu_cache_gib * 2**30)))
     return _worker("rollout engine", config.replicas, config.gpus, parts, "raise rollout.engine.tensor_parallel")
