@@ -1,6 +1,6 @@
-"""The two loops over weights that numpy and torch have no function for, compiled by numba when they are first called.
+"""Loops over weights that numpy and torch have no function for, compiled by numba when they are first called.
 
-Both run without the interpreter's lock, so that threads share the work.
+They run without the interpreter's lock, so that threads share the work.
 """
 
 from typing import Any
@@ -16,11 +16,14 @@ from numba.extending import intrinsic
 # none and answers with a function of that name.
 ffi.lib._fntab.setdefault("__dict__", {})
 
+compiled: Any = njit(nogil=True)
+"""A function of numbers, as machine code."""
+
 SIDE = 16
 """Rows and columns transposed at once: 64 bytes of each, a line of the caches."""
 
 
-@njit(nogil=True)
+@compiled
 def copy_and_sum(target, source):
     """Copy 8-byte words and return their sum modulo 2**64: as fast as the copy alone."""
     total = np.uint64(0)
@@ -31,7 +34,7 @@ def copy_and_sum(target, source):
     return total
 
 
-@njit(nogil=True)
+@compiled
 def interleave(rows, packed, first, begin, end):
     """``packed[n // width, k, n % width] = rows[n - first, k]`` in the blocks from ``begin`` to ``end``, where there are rows.
 

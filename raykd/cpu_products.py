@@ -4,7 +4,7 @@ PyTorch has no function for them. ``mm`` rounds what it has summed to bfloat16, 
 bfloat16 are laid out anew for each product, which takes longer than the product of a hundred rows. But it carries the kernel
 along, oneDNN's for blocks that stay in the caches, for its attention on CPU. A weight is laid out for it once,
 
-    packed[block, k // 2, row, k % 2] = weight[block * ROWS + row, k]
+    packed[block, k // 2, row, k % 2] = weight[block * rows + row, k]
 
 and each of PyTorch's threads multiplies its share of the blocks. Threads of our own would have to share the cores with these,
 which wait for their next work without rest. A weight's gradient is a sum over positions, made in the same way: ``add_outer``.
@@ -31,6 +31,9 @@ COLUMNS = 512
 class PackedWeight:
     """A matrix ``[V, H]`` of bfloat16 to multiply by."""
 
+    rows = ROWS
+    """In a block. The loop over blocks is the interpreter's; of smaller ones it would take longer than the products."""
+
     def __init__(self, weight: Tensor) -> None:
         """Raises NotImplementedError where this CPU or this PyTorch has no kernel for it."""
         suits = weight.is_cpu and weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0
@@ -38,36 +41,50 @@ class PackedWeight:
             raise NotImplementedError(f"no products of {weight.dtype} in float32 with {list(weight.shape)} on {weight.device}")
         self._kernel = kernel
         self._size, self._width = weight.shape
-        self._blocks = torch.zeros(-(-self._size // ROWS), self._width // 2, ROWS, dtype=torch.int32)  # pairs of numbers
+        self._blocks = torch.zeros(-(-self._size // self.rows), self._width // 2, self.rows, dtype=torch.int32)
+        self._multiply = self._prepared(multiply_blocks(kernel.multiply, self.rows))
         self.write(weight)
 
     def write(self, weight: Tensor) -> None:
         """Put another of the same shape in its place."""
         weight = weight.detach().contiguous()
-        pairs = (weight.clone() if weight.storage_offset() % 2 else weight).view(torch.int32)
-        whole = self._size // ROWS
-        self._blocks[:whole] = pairs[: whole * ROWS].view(whole, ROWS, self._width // 2).transpose(1, 2)
-        if rest := self._size % ROWS:
-            self._blocks[whole, :, :rest] = pairs[whole * ROWS :].T
+        self._lay_out((weight.clone() if weight.storage_offset() % 2 else weight).view(torch.int32), self._blocks)
 
     def product(self, states: Tensor) -> Tensor:
         """``states @ weight.T``: ``[n, H]`` bfloat16 to ``[n, V]`` float32."""
         assert states.dtype == torch.bfloat16 and states.shape[1] == self._width
         states = states.detach().contiguous()
         logits = torch.empty(len(states), self._size)
-
-        def multiply(thread: int, threads: int) -> None:
-            for block in range(thread, len(self._blocks), threads):
-                row = block * ROWS
-                shape = min(ROWS, self._size - row), self._width, self._width, ROWS, self._size
-                weight = self._blocks[block].data_ptr()
-                for state in range(0, len(states), STATES):
-                    factors = states.data_ptr() + 2 * state * self._width, weight
-                    target = logits.data_ptr() + 4 * (state * self._size + row)
-                    self._kernel.multiply(min(STATES, len(states) - state), *shape, False, *factors, target, True)
-
-        self._kernel.share(multiply)
+        sizes = len(states), self._size, self._width
+        places = states.data_ptr(), self._blocks.data_ptr(), logits.data_ptr()
+        self._kernel.share(lambda thread, threads: self._multiply(thread, threads, *sizes, *places))
         return logits
+
+    def _prepared(self, loop: "Loop") -> "Loop":
+        return loop
+
+    def _lay_out(self, pairs: Tensor, blocks: Tensor) -> None:
+        """The rows of a weight, as pairs of numbers ``[V, H / 2]``."""
+        whole = self._size // self.rows
+        blocks[:whole] = pairs[: whole * self.rows].view(whole, self.rows, self._width // 2).transpose(1, 2)
+        if rest := self._size % self.rows:
+            blocks[whole, :, :rest] = pairs[whole * self.rows :].T
+
+
+Loop = Callable[..., None]
+
+
+def multiply_blocks(multiply: Callable[..., None], block_rows: int) -> Loop:
+    """A function that multiplies states by every ``step``-th block from the number ``first`` on; matrices are addresses."""
+
+    def loop(first: int, step: int, num: int, size: int, width: int, states: int, blocks: int, logits: int) -> None:
+        for row in range(first * block_rows, size, step * block_rows):
+            rows, weight = min(block_rows, size - row), blocks + 2 * row * width
+            for state in range(0, num, STATES):
+                those, target = states + 2 * state * width, logits + 4 * (state * size + row)
+                multiply(min(STATES, num - state), rows, width, width, block_rows, size, False, those, weight, target, True)
+
+    return loop
 
 
 def add_outer(total: Tensor, first: Tensor, second: Tensor, *, beta: int) -> None:
@@ -138,9 +155,9 @@ def _kernel() -> _Kernel | None:
         in_parallel, *numbers = (library[name] for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"))
     except (OSError, AttributeError):
         return None
-    address = ctypes.c_void_p
-    multiply.argtypes = [ctypes.c_int64] * 6 + [ctypes.c_bool, address, address, address, ctypes.c_bool]
-    release.argtypes = [ctypes.c_bool]
-    in_parallel.argtypes = [_FUNCTION, address, ctypes.c_uint, ctypes.c_uint]
+    number, truth = ctypes.c_int64, ctypes.c_bool
+    multiply.argtypes = [*[number] * 6, truth, *[number] * 3, truth]
+    release.argtypes = [truth]
+    in_parallel.argtypes = [_FUNCTION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     multiply.restype = release.restype = in_parallel.restype = None
     return _Kernel(multiply, release, in_parallel, *numbers)

@@ -5,6 +5,9 @@ import torch
 
 from raykd import cpu_products
 from raykd.cpu_products import COLUMNS, ROWS, STATES, PackedWeight, add_outer
+from raykd.rollout.cpu_head import TiledWeight
+
+KINDS = (PackedWeight, TiledWeight)
 
 
 def matrices(states: int, rows: int, width: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,41 +21,45 @@ def kernel() -> None:
         pytest.skip("this CPU has no products of bfloat16")
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("states", [0, 1, 2, STATES, 2 * STATES + 3])
 @pytest.mark.parametrize("rows", [1, 77, ROWS, ROWS + 1, 3 * ROWS - 5])
-def test_it_is_the_product_in_float32(rows: int, states: int, threads: int) -> None:
+def test_it_is_the_product_in_float32(kind: type[PackedWeight], rows: int, states: int, threads: int) -> None:
     hidden, weight = matrices(states, rows, 48)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = PackedWeight(weight).product(hidden)
+        found = kind(weight).product(hidden)
     finally:
         torch.set_num_threads(before)
     assert found.dtype == torch.float32 and found.shape == (states, rows)
     torch.testing.assert_close(found.double(), hidden.double() @ weight.double().T, atol=1e-5, rtol=1e-5)
 
 
-def test_another_weight_takes_the_place_of_the_first_to_its_last_row() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_weight_takes_the_place_of_the_first_to_its_last_row(kind: type[PackedWeight]) -> None:
     hidden, weight = matrices(3, ROWS + 9, 64)
-    packed = PackedWeight(weight)
+    packed = kind(weight)
     _, other = matrices(3, ROWS + 9, 64, seed=1)
     packed.write(other)
     torch.testing.assert_close(packed.product(hidden), hidden.float() @ other.float().T)
 
 
-def test_strided_matrices_are_read_as_they_are() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_strided_matrices_are_read_as_they_are(kind: type[PackedWeight]) -> None:
     hidden, weight = matrices(6, 40, 32)
-    found = PackedWeight(weight[::2, 1:-1]).product(hidden[::3, 1:-1])
+    found = kind(weight[::2, 1:-1]).product(hidden[::3, 1:-1])
     torch.testing.assert_close(found, hidden[::3, 1:-1].float() @ weight[::2, 1:-1].float().T)
 
 
-def test_a_weight_may_begin_between_two_pairs() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_may_begin_between_two_pairs(kind: type[PackedWeight]) -> None:
     hidden, weight = matrices(6, 40, 32)
     memory = torch.zeros(weight.numel() + 1, dtype=torch.bfloat16)
     shifted = memory[1:].view_as(weight)
     shifted.copy_(weight)
-    torch.testing.assert_close(PackedWeight(shifted).product(hidden), PackedWeight(weight).product(hidden), atol=0, rtol=0)
+    torch.testing.assert_close(kind(shifted).product(hidden), kind(weight).product(hidden), atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
