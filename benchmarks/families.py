@@ -16,12 +16,12 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from folders import temporary
 from rich.console import Console
 from rich.table import Table
 from stamp import stamp
@@ -260,7 +260,7 @@ def process(part: str, folder: Path) -> None:
 
 def run(family: str, console: Console) -> dict[str, Any]:
     """Both processes of a family, and what comes of them."""
-    folder = Path(tempfile.mkdtemp(prefix="raykd-family-"))
+    folder = temporary("family")
     save_model(family, folder)
     for part in ("student", "teacher"):
         command = [sys.executable, __file__, family, "--part", part, "--folder", str(folder)]

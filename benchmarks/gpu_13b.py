@@ -14,7 +14,6 @@ import argparse
 import gc
 import json
 import multiprocessing
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from folders import temporary
 from rich.console import Console
 from rich.table import Table
 from stamp import stamp
@@ -269,7 +269,7 @@ def flops_rate(device: torch.device, dtype: torch.dtype) -> float:
 def made(scale_name: str) -> Bench:
     """Models and rows of a scale."""
     torch.manual_seed(0)
-    return Bench(SCALES[scale_name], Path(tempfile.mkdtemp(prefix="raykd-13b-")))
+    return Bench(SCALES[scale_name], temporary("13b"))
 
 
 def trl(scale_name: str) -> tuple[float, float]:

@@ -12,12 +12,12 @@ saved instead of hidden, and the bound is that of the work which is left.
 import argparse
 import json
 import random
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from folders import temporary
 from rich.console import Console
 from rich.table import Table
 from stamp import stamp
@@ -118,7 +118,7 @@ def measure(algorithm: Algorithm, steps: int, seconds: dict[str, float], max_sta
     )
     prompts = [Prompt(id=str(index), tokens=(1,)) for index in range(1024)]
     data = Data(prompts=PromptStream(prompts, seed=0), held_out=[], decode=str, text=None, vocab_size=2)
-    workers, folder = Sleepers(seconds), Path(tempfile.mkdtemp(prefix="raykd-overlap-"))
+    workers, folder = Sleepers(seconds), temporary("overlap")
     with Tracker(folder, {}, name="overlap", wandb=False, project="", console=Console(quiet=True)) as tracker:
         started = time.perf_counter()
         train(experiment, cast(Workers, workers), data, tracker, folder, Position())

@@ -17,7 +17,6 @@ import argparse
 import asyncio
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 import ray
 import torch
 from drafted import drafted_response, verify
+from folders import temporary
 from llamas import EOS, SHAPES, UNEVEN, VOCABULARY, random_llama
 from rich.console import Console
 from rich.table import Table
@@ -198,7 +198,7 @@ def main() -> None:
         parser.error("batches and repeats must be at least 1")
     RESULTS.parent.mkdir(exist_ok=True)
     ray.init("local", include_dashboard=False, log_to_driver=False)
-    actors = start(Path(tempfile.mkdtemp(prefix="raykd-rollout-")), options.dtype, options.lengths)
+    actors = start(temporary("rollout"), options.dtype, options.lengths)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     ratios = ("teacher", "lockstep", "inverted")
     table = Table(

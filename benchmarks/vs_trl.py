@@ -28,7 +28,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from typing import Any
 
 import psutil
 import torch
+from folders import temporary
 from llamas import SHAPES, UNEVEN, VOCABULARY, random_llama
 from rich.console import Console
 from rich.table import Table
@@ -438,7 +438,7 @@ def main() -> None:
     asked = parser.parse_args()
     if unknown := set(asked.contenders) - set(CONTENDERS):
         parser.error(f"no contender is named {', '.join(sorted(unknown))}: name some of {', '.join(CONTENDERS)}")
-    task = Task(Path(tempfile.mkdtemp(prefix="raykd-vs-trl-")), asked.dtype, asked.lengths)
+    task = Task(temporary("vs-trl"), asked.dtype, asked.lengths)
     task.prepare()
     RESULTS.parent.mkdir(exist_ok=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
