@@ -40,6 +40,7 @@ def train(experiment: Experiment, workers: Workers, data: Data, tracker: Tracker
             workers.tune(stage.optimiser)
             workers.call_replay("bound", stage.bounds)
             rescore(workers, stage.algorithm)
+        workers.usage.take()  # what came before is part of no step
         tracker.begin(f"stage {at.stage}: {type(stage.algorithm).__name__}", stage.steps, at.step)
         with Phases(experiment, stage, workers, data.prompts, at) as phases:
             while at.step < stage.steps:

@@ -119,6 +119,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ZeRO-3": {"zero_stage": 3},
     "ZeRO-3, two ranks": {"zero_stage": 3, "ranks": 2},
     "adapters": {"lora": LoRA(rank=4)},
+    "adapters, float32": {"dtype": "float32", "lora": LoRA(rank=4)},
     "layers computed again": {"dtype": "float32", "activation_checkpointing": True},
 }
 LEARNERS = {name: LearnerConfig(micro_batch=2, **settings) for name, settings in SETTINGS.items()}
@@ -191,12 +192,13 @@ def test_a_learner_holds_what_was_planned(student: str, learner: LearnerConfig, 
     for process in processes:
         process.join(60)
     batch = 2 * learner.ranks
-    flops = load(Stage(algorithm=SFT(), steps=1, batch_size=batch), learner=learner).learning.flops
+    size = Size.of(config(llama()), learner.lora)
+    flops = load(Stage(algorithm=SFT(), steps=1, batch_size=batch), student=size, learner=learner).learning.flops
     for held, computed in found:
         assert rank.bytes(certain=True) <= held == pytest.approx(rank.bytes(), rel=0.15)
         if learner.dtype == "float32":  # products of bfloat16 to float32 are not PyTorch's, and are not counted
-            # Neither a text's last token is computed, nor a layer's last product again.
-            assert flops > computed == pytest.approx(flops, rel=0.12)
+            # Nobody computes a text's last token, a layer's last product again, or a gradient of embeddings that are not learned.
+            assert flops > computed == pytest.approx(flops, rel=0.14)
 
 
 # --- what is said of it -------------------------------------------------------------------------------------------------------

@@ -156,6 +156,7 @@ def test_a_resumed_run_takes_other_settings_and_keeps_them(teacher: Path, tmp_pa
     learned = {line["step"]: line for line in lines(result)}
     assert [learned[step]["skipped"] for step in (1, 2, 3, 4)] == [1, 1, 0, 0]
     assert learned[3]["tokens/learn"] > 1.5 * learned[2]["tokens/learn"]
+    assert max(learned[step]["waiting/learner"] for step in (1, 3)) < 2, "starting the workers is part of no step"
     assert load_experiment(folder) == patient
     doubled = patient.model_copy(update={"learner": LearnerConfig(dtype="float32", ranks=2)})
     with pytest.raises(ValueError, match=f"the checkpoints of run {folder} are of a learner with {{'ranks': 1}}; resume it with"):

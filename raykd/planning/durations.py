@@ -6,8 +6,8 @@ of b take
     forward    2 n (a + b) + 2 V h b flops
     writing    a forward pass; the weights are read b times, for as many responses as an engine writes at the same time
     scoring    a forward pass of the teacher
-    learning   three forward passes of the student, 2 V h b of the teacher's head, and another 2 n (a + b) where layers are
-               computed again
+    learning   three forward passes of the student (two where adapters alone are learned), 2 V h b of the teacher's head, and
+               another 2 n (a + b) where layers are computed again
 
 at ``REACHED`` of a data sheet's rates. Texts are as long as they may be, and a prompt of several responses is computed once;
 attention, which grows with their length, and what travels are left out.
@@ -116,7 +116,8 @@ def workload(experiment: Experiment, stage: Stage, student: Size, teacher: Size 
     mixture = algorithm.mixture(Progress(step=0, steps=1))
     by_student = rows * (mixture.student or float(Source.STUDENT in algorithm.writers))
     student_writes = writes(student, rollout, by_student, 1 - mixture.teacher_share)
-    learning = 3 * (layers(student) + head(student)) + layers(student) * learner.activation_checkpointing
+    passes = 2 + student.learned / student.parameters
+    learning = passes * (layers(student) + head(student)) + layers(student) * learner.activation_checkpointing
     teacher_writes = scoring = Work(0.0)
     if teacher is not None:
         by_teacher = mixture.teacher or (mixture.teacher_share and mixture.student)
@@ -126,7 +127,7 @@ def workload(experiment: Experiment, stage: Stage, student: Size, teacher: Size 
             scoring = Work(phases * rows * (layers(teacher) + head(teacher)) / gpus)
         learning += head(teacher) * algorithm.needs.distribution
     if algorithm.text is not None:
-        learning += 6 * (student.computed + vocab_size * student.width) * experiment.text_length
+        learning += 2 * passes * (student.computed + vocab_size * student.width) * experiment.text_length
     shared = any(0 < gpus < 1 for gpus in experiment.gpus_each().values())
     return Workload(
         student_writes=student_writes,
