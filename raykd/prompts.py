@@ -8,7 +8,7 @@ Data         -> everything that a run learns from and is measured on
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Self, TypeVar
+from typing import Generic, TypeVar, overload
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Prompts(Sequence[Prompt]):
         self._label, self.tokens, self._places = label, tokens, places
 
     @classmethod
-    def collect(cls, label: str, rows: Iterable[tuple[int, Sequence[int], Sequence[int], bool]]) -> Self:
+    def collect(cls, label: str, rows: Iterable[tuple[int, Sequence[int], Sequence[int], bool]]) -> "Prompts":
         """From (row, prompt, response, finished) of each."""
         tokens, places = array("i"), array("q")
         for row, prompt, response, finished in rows:
@@ -39,9 +39,13 @@ class Prompts(Sequence[Prompt]):
     def __len__(self) -> int:
         return len(self._places)
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, index: slice | np.ndarray) -> "Prompts": ...
+    def __getitem__(self, index: int | slice | np.ndarray) -> "Prompt | Prompts":
         if isinstance(index, slice | np.ndarray):
-            return type(self)(self._label, self.tokens, self._places[index])
+            return Prompts(self._label, self.tokens, self._places[index])
         row, start, prompt, response, finished = self._places[index].tolist()
         ids = tuple(self.tokens[start : start + prompt + response].tolist())
         return Prompt(id=f"{self._label}{row}", tokens=ids[:prompt], response=ids[prompt:], finished=bool(finished))
