@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -169,11 +168,11 @@ class Student:
 
     def __init__(self, folder: Path) -> None:
         from raykd.learner import Learner
+        from raykd.rank import meeting_place
 
         self._folder = folder
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            address = listener.getsockname()
+        self._meeting_place = meeting_place("127.0.0.1")
+        address = "127.0.0.1", self._meeting_place.port
         config = LearnerConfig(dtype="float32", threads=2)
         self._learner = Learner(str(folder), config=config, rank=0, address=address, vocab_size=VOCABULARY)
         for module in self._learner._student.modules():

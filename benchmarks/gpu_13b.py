@@ -37,6 +37,7 @@ from raykd.collate import LossTerm
 from raykd.experiment import LearnerConfig, Optimiser, TeacherConfig
 from raykd.learner import Learner
 from raykd.projection import Head, weighted_loss
+from raykd.rank import meeting_place
 from raykd.records import Rollout, Row, Source, Totals
 from raykd.teacher import Teacher
 
@@ -78,7 +79,7 @@ class Bench:
         self.teacher_model, student = (self._random(shape) for shape in (scale.teacher, scale.student))
         student.save_pretrained(folder / "student")
         del student
-        self.folder = folder
+        self.folder, self.meeting_place = folder, meeting_place("127.0.0.1")
         ids = torch.randint(scale.vocab_size, (scale.batch, scale.prompt + scale.response)).tolist()
         self.rollouts = [
             Rollout(
@@ -147,7 +148,7 @@ class Bench:
         saving = self.device.type == "cuda"
         config = LearnerConfig(dtype=dtype, threads=torch.get_num_threads(), activation_checkpointing=saving, compiled=compiled)
         size = self.scale.vocab_size
-        address, student = ("127.0.0.1", 29_513), str(self.folder / "student")
+        address, student = ("127.0.0.1", self.meeting_place.port), str(self.folder / "student")
         head = self.teacher.head()
         self.learner = Learner(student, config=config, rank=0, address=address, vocab_size=size, teacher_head=head)
         self.learner.begin(Optimiser())

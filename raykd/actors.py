@@ -2,7 +2,6 @@
 
 import asyncio
 import inspect
-import socket
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -247,10 +246,12 @@ class LearnerActor:
         self._facts.check(self._facts.student, self._facts.run)
 
     def address(self) -> tuple[str, int]:
-        """Where rank 0 will listen for the others."""
-        with socket.socket() as listener:
-            listener.bind(("", 0))
-            return ray.util.get_node_ip_address(), listener.getsockname()[1]
+        """Where this rank listens for the others, as rank 0, and for itself."""
+        from raykd.rank import meeting_place
+
+        host = ray.util.get_node_ip_address()
+        self._meeting_place = meeting_place(host)
+        return host, self._meeting_place.port
 
     def start(self, address: tuple[str, int], heads: list[ray.ObjectRef]) -> None:
         from raykd.learner import Learner

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  it is documented there
 
 from raykd.experiment import LearnerConfig
 
@@ -57,8 +58,13 @@ def deepspeed_config(config: LearnerConfig) -> dict[str, Any]:
     }
 
 
+def meeting_place(host: str) -> TCPStore:
+    """Where ranks find each other, at a ``port`` that it has from now on, for as long as somebody keeps it."""
+    return TCPStore(host, 0, is_master=True, wait_for_workers=False)
+
+
 def connect(rank: int, ranks: int, address: tuple[str, int], deadline_s: float) -> torch.device:
-    """Join the process group, once in a process; returns this rank's device."""
+    """Join the process group that meets at an address, once in a process; returns this rank's device."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls what torch has renamed: one warning for every collective.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
@@ -70,8 +76,8 @@ def connect(rank: int, ranks: int, address: tuple[str, int], deadline_s: float) 
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        store = f"tcp://{address[0]}:{address[1]}"
         timeout = timedelta(seconds=deadline_s)
-        dist.init_process_group("nccl" if cuda else "gloo", init_method=store, rank=rank, world_size=ranks, timeout=timeout)
+        store = TCPStore(*address, is_master=False, timeout=timeout)
+        dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, timeout=timeout)
         atexit.register(dist.destroy_process_group)
     return device

@@ -5,7 +5,6 @@ import math
 import multiprocessing
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from raykd.collate import LossTerm, deal
 from raykd.experiment import LearnerConfig, Optimiser
 from raykd.logprobs import mixture_logprobs
 from raykd.projection import Head
+from raykd.rank import meeting_place
 from raykd.records import Batch, Rollout, Row, Scores, Source, Totals
 from raykd.weights import unpack
 
@@ -339,19 +339,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def runs(request: pytest.FixtureRequest, folder: Path) -> dict[int, Any]:
     """What every rank found, by rank."""
     context = multiprocessing.get_context("spawn")
-    results, port = context.Queue(), free_port()
+    results, place = context.Queue(), meeting_place("127.0.0.1")
     processes = [
-        context.Process(target=run_rank, args=(rank, request.param, port, folder, results), daemon=True)
+        context.Process(target=run_rank, args=(rank, request.param, place.port, folder, results), daemon=True)
         for rank in range(request.param)
     ]
     for process in processes:
@@ -487,8 +481,8 @@ def test_scores_of_another_head_are_refused(runs: dict[int, Any]) -> None:
 @pytest.mark.stack
 def test_a_dead_peer_is_an_error(folder: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    results, port = context.Queue(), free_port()
-    processes = [context.Process(target=lonely_rank, args=(rank, port, folder, results), daemon=True) for rank in range(2)]
+    results, place = context.Queue(), meeting_place("127.0.0.1")
+    processes = [context.Process(target=lonely_rank, args=(rank, place.port, folder, results), daemon=True) for rank in range(2)]
     for process in processes:
         process.start()
     try:

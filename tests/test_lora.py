@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file
 from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama
-from test_learner import STAGES, VOCAB, all_rows, free_port, make_learner, published, student_config, terms_of
+from test_learner import STAGES, VOCAB, all_rows, make_learner, published, student_config, terms_of
 from test_student import ARCHITECTURES, saved_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -33,6 +33,7 @@ from raykd.experiment import (
     TrackingConfig,
 )
 from raykd.projection import Head
+from raykd.rank import meeting_place
 from raykd.records import Row, Totals
 from raykd.run import run
 from raykd.sources import Pairs
@@ -242,9 +243,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
 def runs(request: pytest.FixtureRequest, folder: Path) -> dict[int, Any]:
     context = multiprocessing.get_context("spawn")
-    results, port = context.Queue(), free_port()
+    results, place = context.Queue(), meeting_place("127.0.0.1")
     for rank in range(request.param):
-        context.Process(target=run_rank, args=(rank, request.param, port, folder, results), daemon=True).start()
+        context.Process(target=run_rank, args=(rank, request.param, place.port, folder, results), daemon=True).start()
     found = dict(results.get(timeout=240) for _ in range(request.param))
     for rank, result in found.items():
         assert isinstance(result, bytes), f"rank {rank}: {result}"

@@ -9,7 +9,6 @@ import pytest
 import torch
 from dolly import LARGE, SMALL, TRAINING_ONLY, Layout
 from example_text import text, text_tokenizer
-from test_learner import free_port
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, PreTrainedConfig
 
@@ -31,6 +30,7 @@ from raykd.models import vocabulary
 from raykd.planning import Plan, Size, Worker, gpu_bytes, plan
 from raykd.planning.durations import RATES, REACHED, Rates, Work, Workload, workload
 from raykd.projection import Head
+from raykd.rank import meeting_place
 from raykd.records import Rollout, Row, Source, Totals
 from raykd.sources import Pairs
 
@@ -184,8 +184,8 @@ def test_a_learner_holds_what_was_planned(student: str, learner: LearnerConfig, 
     monkeypatch.setattr("raykd.planning.memory.REDUCE_BUCKET", BUCKET)
     rank = worker(planned(learner), "learner rank")
     context = multiprocessing.get_context("spawn")
-    results, port = context.Queue(), free_port()
-    processes = [context.Process(target=learn, args=(learner, r, port, student, results)) for r in range(learner.ranks)]
+    results, place = context.Queue(), meeting_place("127.0.0.1")
+    processes = [context.Process(target=learn, args=(learner, r, place.port, student, results)) for r in range(learner.ranks)]
     for process in processes:
         process.start()
     found = [results.get(timeout=300) for _ in processes]
