@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -476,6 +477,12 @@ def test_scores_of_another_head_are_refused(runs: dict[int, Any]) -> None:
     if len(runs) > 1:
         pytest.skip("runs with one rank")
     assert "could not be rebuilt" in runs[0]["wrong head"]
+
+
+def test_nobody_takes_the_port_where_ranks_will_meet() -> None:
+    place = meeting_place("127.0.0.1")
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", place.port))
 
 
 @pytest.mark.stack
