@@ -3,7 +3,6 @@ transformers writes. For models so small that engines take longer to start than 
 """
 
 import shutil
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from raykd.learner import Learner
 from raykd.logprobs import gather, log_softmax, mixture_logprobs
 from raykd.models import check_models, model_facts
 from raykd.phases import Position
+from raykd.rank import meeting_place
 from raykd.records import Rollout, Scores, Source
 from raykd.replay import ReplayBuffer
 from raykd.rollout.requests import GenerationRequest, derive_seed
@@ -70,11 +70,12 @@ class InProcess(Workers):
 
     def __init__(self, experiment: Experiment, facts: ModelFacts) -> None:
         teacher = Teacher(facts.teacher, experiment.teachers, vocab_size=facts.vocab_size) if facts.teacher else None
+        self._meeting_place = meeting_place("127.0.0.1")
         learner = Learner(
             facts.student,
             config=experiment.learner,
             rank=0,
-            address=("127.0.0.1", _free_port()),
+            address=("127.0.0.1", self._meeting_place.port),
             vocab_size=facts.vocab_size,
             teacher_head=teacher.head() if teacher else None,
         )
@@ -218,9 +219,3 @@ def _next(model: Any, ids: Tensor, mask: Tensor, cache: DynamicCache) -> Tensor:
 def _positions(mask: Tensor, seen: int) -> dict[str, Tensor]:
     """The real tokens of a row count from 0, wherever it begins."""
     return {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]}
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
