@@ -1,4 +1,4 @@
-"""Folders for a benchmark's models and runs."""
+"""Folders for the models, texts and runs of benchmarks and tests."""
 
 import atexit
 import shutil

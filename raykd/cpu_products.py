@@ -26,6 +26,8 @@ STATES = 64
 """Hidden states multiplied at a time; the kernel is compiled anew for each number of them."""
 COLUMNS = 512
 """Columns of a weight's gradient in one block; it has ``ROWS`` rows."""
+Loop = Callable[..., None]
+"""What ``multiply_blocks`` makes."""
 
 
 class PackedWeight:
@@ -48,7 +50,7 @@ class PackedWeight:
     def write(self, weight: Tensor) -> None:
         """Put another of the same shape in its place."""
         weight = weight.detach().contiguous()
-        self._lay_out((weight.clone() if weight.storage_offset() % 2 else weight).view(torch.int32), self._blocks)
+        self._lay_out((weight.clone() if weight.storage_offset() % 2 else weight).view(torch.int32))
 
     def product(self, states: Tensor) -> Tensor:
         """``states @ weight.T``: ``[n, H]`` bfloat16 to ``[n, V]`` float32."""
@@ -60,18 +62,15 @@ class PackedWeight:
         self._kernel.share(lambda thread, threads: self._multiply(thread, threads, *sizes, *places))
         return logits
 
-    def _prepared(self, loop: "Loop") -> "Loop":
+    def _prepared(self, loop: Loop) -> Loop:
         return loop
 
-    def _lay_out(self, pairs: Tensor, blocks: Tensor) -> None:
-        """The rows of a weight, as pairs of numbers ``[V, H / 2]``."""
+    def _lay_out(self, pairs: Tensor) -> None:
+        """The rows of a weight, as pairs of numbers ``[V, H / 2]``, in blocks."""
         whole = self._size // self.rows
-        blocks[:whole] = pairs[: whole * self.rows].view(whole, self.rows, self._width // 2).transpose(1, 2)
+        self._blocks[:whole] = pairs[: whole * self.rows].view(whole, self.rows, self._width // 2).transpose(1, 2)
         if rest := self._size % self.rows:
-            blocks[whole, :, :rest] = pairs[whole * self.rows :].T
-
-
-Loop = Callable[..., None]
+            self._blocks[whole, :, :rest] = pairs[whole * self.rows :].T
 
 
 def multiply_blocks(multiply: Callable[..., None], block_rows: int) -> Loop:

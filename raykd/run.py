@@ -202,7 +202,7 @@ def refuse_too_large(experiment: Experiment, tokenizer: PreTrainedTokenizerBase,
     with_gpus = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
     types = [name.partition(":")[2] for resources in with_gpus for name in resources if name.startswith("accelerator_type:")]
     largest = gpu_bytes(types)
-    gpus = ray.cluster_resources().get("GPU", 0.0)
+    gpus = sum(resources["GPU"] for resources in with_gpus)
     if largest and (refusal := plan(experiment, tokenizer, vocab_size).refusal(largest, gpus)):
         raise ValueError(refusal)
 

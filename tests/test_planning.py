@@ -297,6 +297,8 @@ SLOW = Rates(flops=1e9 / REACHED, bytes=1e9 / REACHED)
 """A gigaflop and a gigabyte a second are reached."""
 SMALL_MODEL = Size(parameters=1000, learned=1000, width=4, layers=1, computed=500)
 LARGE_MODEL = Size(parameters=3000, learned=3000, width=8, layers=1, computed=2000)
+FORWARD = 2 * 500 * 16 + 2 * VOCAB * 4 * 8, 2 * 2000 * 16 + 2 * VOCAB * 8 * 8
+"""Flops of theirs with a prompt and a response of 8 tokens: 2 n 16 + 2 V h 8."""
 
 
 @pytest.mark.parametrize(
@@ -311,8 +313,7 @@ def test_a_forward_pass_takes_the_products_that_pytorch_counts(shape: PreTrained
 
 
 def test_a_step_takes_what_its_formula_says() -> None:
-    """Prompts and responses of 8 tokens, a batch of 4; a forward pass: 2 n 16 + 2 V h 8."""
-    student, teacher = 2 * 500 * 16 + 2 * VOCAB * 4 * 8, 2 * 2000 * 16 + 2 * VOCAB * 8 * 8
+    student, teacher = FORWARD
     models: Any = {"student": SMALL_MODEL, "teacher": LARGE_MODEL}
     on_policy = load(Stage(algorithm=GKD(divergence=ReverseKL(), student_share=1.0), steps=1, batch_size=4), **models)
     assert on_policy.student_writes == (4 * student, 8 * 2 * 1000) and on_policy.teacher_writes == (0, 0)
@@ -333,7 +334,7 @@ def test_mixed_responses_are_read_by_both_engines_and_written_in_turns() -> None
     engine = EngineConfig(max_sequences=64)
     two = {"rollout": RolloutConfig(replicas=2, engine=engine), "teachers": TeacherConfig(replicas=2, engine=engine)}
     both = load(stage, student=SMALL_MODEL, teacher=LARGE_MODEL, **two)
-    student, teacher = 2 * 500 * 16 + 2 * VOCAB * 4 * 8, 2 * 2000 * 16 + 2 * VOCAB * 8 * 8
+    student, teacher = FORWARD
     steps = stage.steps_per_phase
     assert both.student_writes == pytest.approx((128 * student / steps, 2 * 0.75 * 8 * 2 * 1000 / steps))
     assert both.teacher_writes == pytest.approx((128 * teacher / steps, 2 * 0.25 * 8 * 2 * 3000 / steps))

@@ -84,11 +84,12 @@ def durations(experiment: Experiment, student: Size, teacher: Size | None, vocab
         raise ValueError(f"--plan {gpu} says how long a run takes on GPUs, {', '.join(without)} ask for none; give them some")
     for index, stage in enumerate(experiment.stages):
         load = workload(experiment, stage, student, teacher, vocab_size)
-        step, *parts = load.seconds(RATES[gpu]).items()
-        hours = step[1] * stage.steps / 3600
+        parts = load.seconds(RATES[gpu])
+        step = parts.pop("step")
+        hours = step * stage.steps / 3600
         yield (
-            f"stages.{index}: about {step[1]:.2g} s a step on {gpu}s ("
-            + ", ".join(f"{name} {seconds:.2g}" for name, seconds in parts if seconds)
+            f"stages.{index}: about {step:.2g} s a step on {gpu}s ("
+            + ", ".join(f"{name} {seconds:.2g}" for name, seconds in parts.items() if seconds)
             + f"{', at the same time' if load.overlapping else ''}), {hours:.2g} hours and {hours * experiment.gpus():.2g} GPU "
             f"hours for {stage.steps:,} steps: with texts as long as they may be, at {REACHED:.0%} of the data sheet's rates"
         )

@@ -25,8 +25,8 @@ class TiledWeight(PackedWeight):
         quick(0, 1, 0, self._size, self._width, 0, 0, 0)  # compiled here, for no states
         return quick
 
-    def _lay_out(self, pairs: Tensor, blocks: Tensor) -> None:
-        interleave(pairs.numpy().view(np.uint32), blocks.numpy().view(np.uint32), 0, 0, len(blocks))
+    def _lay_out(self, pairs: Tensor) -> None:
+        interleave(pairs.numpy().view(np.uint32), self._blocks.numpy().view(np.uint32), 0, 0, len(self._blocks))
 
 
 class WideHead:
