@@ -57,7 +57,7 @@ class Sleepers:
     def __init__(self, seconds: dict[str, float]) -> None:
         self._seconds, self._random, self._replay = seconds, random.Random(0), ReplayBuffer(seed=0)
         self.busy = dict.fromkeys(seconds, 0.0)
-        self.version, self.teachers = 0, None
+        self.version, self.teachers, self.in_flight = 0, None, False
         self.usage = Usage(())
 
     def _work(self, verb: str, rows: int) -> None:

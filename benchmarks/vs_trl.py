@@ -123,7 +123,9 @@ class Task:
             file.writelines(json.dumps({"prompt": text}) + "\n" for text in same[:needed])
 
 
-def raykd(task: Task, max_staleness: int = 0, threads: int = THREADS, compiled: bool = False) -> dict[str, Any]:
+def raykd(
+    task: Task, max_staleness: int = 0, threads: int = THREADS, compiled: bool = False, in_flight: bool = False
+) -> dict[str, Any]:
     """The product's own run. ``threads``: of the learner and of the engine that writes."""
     from raykd.algorithms import GKD
     from raykd.algorithms.token_divergences import ReverseKL
@@ -148,6 +150,7 @@ def raykd(task: Task, max_staleness: int = 0, threads: int = THREADS, compiled: 
         steps=STEPS[task.lengths]["raykd"],
         batch_size=BATCH,
         max_staleness=max_staleness,
+        in_flight=in_flight,
         optimiser=Optimiser(learning_rate=RATE),
     )
     experiment = Experiment(
@@ -184,6 +187,11 @@ def overlap(task: Task) -> dict[str, Any]:
     """The next responses are written while the learner learns, each by a thread; the teacher, whose work comes in bursts, has
     two. Compiled, too."""
     return raykd(task, max_staleness=1, threads=1, compiled=True)
+
+
+def in_flight(task: Task) -> dict[str, Any]:
+    """Overlap, and two phases are written at the same time."""
+    return raykd(task, max_staleness=1, threads=1, compiled=True, in_flight=True)
 
 
 def distillation(task: Task) -> dict[str, Any]:
@@ -354,6 +362,7 @@ CONTENDERS: dict[str, Callable[[Task], dict[str, Any]]] = {
     "raykd": raykd,
     "compiled": compiled,
     "overlap": overlap,
+    "in_flight": in_flight,
     "distillation": distillation,
     "distillation_vllm": distillation_vllm,
     "gkd": gkd,

@@ -97,11 +97,11 @@ class RolloutActor(_Replica):
     async def reads_other_nodes(self) -> bool:
         return available()
 
-    async def load(self, update: WeightUpdate) -> int:
+    async def load(self, update: WeightUpdate, in_flight: bool) -> int:
         if update.remote and update.node != await self.ping():
             update = await asyncio.to_thread(fetched, update, self._reader)
         buckets = [await bucket if isinstance(bucket, ray.ObjectRef) else bucket for bucket in update.buckets]
-        return await self._worker.load(replace(update, buckets=tuple(buckets)))
+        return await self._worker.load(replace(update, buckets=tuple(buckets)), in_flight=in_flight)
 
     async def sleep(self) -> None:
         await self._worker.sleep()
@@ -137,6 +137,7 @@ class TeacherActor(_Replica):
         with turn_on_gpu():
             self._teacher = Teacher(facts.teacher, config, vocab_size=facts.vocab_size, max_length=facts.max_length)
         self._eos_ids = facts.eos_ids
+        self._reading = asyncio.Lock()  # memory and threads are those of one call
         self._engine = None
         if writes:
             from raykd.rollout.vllm_engine import VllmEngine
@@ -145,10 +146,12 @@ class TeacherActor(_Replica):
 
     async def score(self, rollouts: Sequence[Rollout], needs: Needs, top_k: int | None) -> tuple[Scores | None, list[Any]]:
         """``Teacher.shared``; the block is to stay in this node's object store."""
-        return await asyncio.to_thread(self._teacher.shared, rollouts, needs, top_k)
+        async with self._reading:
+            return await asyncio.to_thread(self._teacher.shared, rollouts, needs, top_k)
 
     async def answer(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[tuple[int, ...]]:
-        return await asyncio.to_thread(self._teacher.answer, prompts, max_tokens, self._eos_ids)
+        async with self._reading:
+            return await asyncio.to_thread(self._teacher.answer, prompts, max_tokens, self._eos_ids)
 
     @ray.method(enable_task_events=False)  # hundreds a second, which would push all others out of Ray's record
     async def complete(self, turns: Sequence[tuple[Sequence[int], int, str]], max_tokens: int) -> list[Any]:

@@ -43,7 +43,7 @@ class Fleet:
         """Called after replicas have restarted, with their initial weights, and before they get work."""
         logging.getLogger("ray.rllib.utils.actor_manager").setLevel(logging.CRITICAL)  # what it reports is handled here
         self._manager = FaultTolerantActorManager(self.actors)
-        self._turn = threading.RLock()  # the manager serves one caller at a time; loading after a restart is part of a call
+        self._recovery = threading.RLock()
         self._closed = False
 
     @property
@@ -58,19 +58,16 @@ class Fleet:
         beside the second, and is this process's own: the value outlives the replica.
         """
         results: dict[int, Any] = {}
-        with self._turn:
-            while len(results) < len(calls):
-                replicas = self._healthy()
-                todo = [index for index in range(len(calls)) if index not in results][: len(replicas)]
-                assignment = dict(zip(replicas, todo, strict=False))
-                results |= {assignment[replica]: found for replica, found in self._round(method, assignment, calls, kept).items()}
+        while len(results) < len(calls):
+            replicas = self._healthy()
+            todo = [index for index in range(len(calls)) if index not in results][: len(replicas)]
+            assignment = dict(zip(replicas, todo, strict=False))
+            results |= {assignment[replica]: found for replica, found in self._round(method, assignment, calls, kept).items()}
         return [results[index] for index in range(len(calls))]
 
     def broadcast(self, method: str, call: dict[str, Any]) -> list[Any]:
         """The same call on every healthy replica."""
-        with self._turn:
-            replicas = self._healthy()
-            return list(self._round(method, dict.fromkeys(replicas, 0), [call]).values())
+        return list(self._round(method, dict.fromkeys(self._healthy(), 0), [call]).values())
 
     def close(self) -> None:
         """Give the replicas back; a call that still waits for one fails."""
@@ -109,6 +106,10 @@ class Fleet:
 
     def _healthy(self) -> list[int]:
         """Replicas that can work now. Dead ones that Ray is restarting are waited for only when there is no other."""
+        with self._recovery:  # one caller looks after the dead, and nobody asks one that is back before it is ready
+            return self._recovered()
+
+    def _recovered(self) -> list[int]:
         deadline = time.monotonic() + START_DEADLINE_S
         while unhealthy := sorted(set(self._manager.actor_ids()) - set(self._manager.healthy_actor_ids())):
             answers = self._manager.foreach_actor(

@@ -5,7 +5,9 @@
     rollouts    0         1         2         3              max_staleness 1 and more: the lanes overlap
 
 A phase is decided when it is begun, with the weights of that moment: prompts, coin, mixture and policy version do not depend on
-how fast anyone is, so a run is reproducible at any staleness.
+how fast anyone is, so a run is reproducible at any staleness. Only where new weights are loaded in flight, phases are written at
+the same time, by the versions that come meanwhile; they are learned from in their order all the same, so that short responses
+are no sooner learned from than long ones.
 """
 
 import math
@@ -69,7 +71,8 @@ class _Asked:
 
 
 class Phases:
-    """The phases of a stage in their order. One thread writes, one scores; the learner's own begins and takes them."""
+    """The phases of a stage in their order. One thread writes, or one for each phase in flight, and one scores; the learner's own
+    begins and takes them."""
 
     def __init__(
         self, experiment: Experiment, stage: Stage, workers: Workers, prompts: PromptStream[Prompt], at: Position
@@ -77,7 +80,9 @@ class Phases:
         self._experiment, self._stage, self._workers, self._prompts, self._at = experiment, stage, workers, prompts, at
         self._begun: deque[_Begun] = deque()
         self._next_step = at.step
-        self._writer, self._scorer = ThreadPoolExecutor(1, "writer"), ThreadPoolExecutor(1, "scorer")
+        workers.in_flight = stage.in_flight
+        self._writer = ThreadPoolExecutor(1 + stage.max_staleness * stage.in_flight, "writer")
+        self._scorer = ThreadPoolExecutor(1, "scorer")
 
     def next(self) -> Phase:
         """The oldest phase, once it is scored; those that may run ahead are on their way."""

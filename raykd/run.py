@@ -81,7 +81,8 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
                 describe(experiment, folder)
             before = {} if checkpoint else measure(experiment, workers, data, tracker, at)
             after = train(experiment, workers, data, tracker, folder, at) or before
-            say(console, advice(folder, max(stage.max_staleness for stage in experiment.stages)))
+            stages = experiment.stages
+            say(console, advice(folder, max(s.max_staleness for s in stages), any(s.in_flight for s in stages)))
             workers.save_student(folder / "student")
             tokenizer.save_pretrained(folder / "student")
     say(console, f"report: {write_report([folder])}")

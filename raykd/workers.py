@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 from weakref import WeakSet, ref
 
@@ -51,7 +52,10 @@ class Workers:
         self.learner, self.teachers, self.rollouts = learner, teachers, rollouts
         self.replay, self.usage = replay, usage
         self.sleepers, self._rater, self._placement = sleepers, rater, placement
+        self.in_flight = False
+        """Whether new weights reach responses that are being written, else their last token is waited for."""
         self._update: WeightUpdate | None = None
+        self._loading = Lock()
         self._loaded: Callable[[], WeightUpdate | None] = lambda: None
         """What the replicas hold, weakly: it keeps no memory from the next version."""
         self._published: WeakSet[WeightUpdate] = WeakSet()
@@ -76,8 +80,8 @@ class Workers:
         salt: int,
         temperature: float = 1.0,
     ) -> list[Rollout]:
-        """``samples`` responses to each prompt by the student of ``update``, which ``publish`` gave; ``salt`` tells the draws of
-        one phase from another's."""
+        """``samples`` responses to each prompt by the student of ``update``, which ``publish`` gave, or in flight by that and
+        later ones; ``salt`` tells the draws of one phase from another's."""
         assert self.rollouts is not None, "nothing samples from the student"
         self._make_room()
         self._load(update)
@@ -108,11 +112,12 @@ class Workers:
         version = update.version if update else 0
 
         def others(answers: Sequence[list[Rollout]]) -> list[int]:
-            return [index for index, answer in enumerate(answers) if answer[0].version != version]
+            versions = [answer[0].version for answer in answers]
+            return [i for i, written in enumerate(versions) if written != version and not (self.in_flight and written > version)]
 
         answers = self.rollouts.map("generate", calls)
         if update and (again := others(answers)):
-            self._broadcast(update)
+            self._broadcast(self._newest(update))
             for index, answer in zip(again, self.rollouts.map("generate", [calls[i] for i in again]), strict=True):
                 answers[index] = answer
         if wrong := others(answers):
@@ -224,10 +229,16 @@ class Workers:
     def _load(self, update: WeightUpdate | None) -> None:
         """Bring every rollout replica to ``update``."""
         assert self.rollouts is not None
-        if update is not None and update is not self._loaded():
-            with self.usage.measured("load"):
-                self._broadcast(update)
-            self._loaded = ref(update)
+        with self._loading:
+            if update is not None and (update := self._newest(update)) is not self._loaded():
+                with self.usage.measured("load"):
+                    self._broadcast(update)
+                self._loaded = ref(update)
+
+    def _newest(self, update: WeightUpdate) -> WeightUpdate:
+        """``update``, or what a later phase, which is written at the same time, has loaded already."""
+        loaded = self._loaded()
+        return loaded if loaded and self.in_flight and loaded.version > update.version else update
 
     def _reload(self) -> None:
         """Replicas that came back have their initial weights. Where nobody writes by the others', they wait for the next."""
@@ -239,7 +250,8 @@ class Workers:
         versions: list[int] = []
         while not versions:  # all have died over it: the fleet waits for one that comes back, or says that none does
             if nodes := self.rollouts.broadcast("ping", {}):
-                versions = self.rollouts.broadcast("load", {"update": within_reach(update, nodes)})
+                call = {"update": within_reach(update, nodes), "in_flight": self.in_flight}
+                versions = self.rollouts.broadcast("load", call)
         if set(versions) != {update.version}:
             raise RuntimeError(f"rollout replicas hold policy versions {versions} after version {update.version} was published")
 

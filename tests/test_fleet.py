@@ -100,7 +100,7 @@ def replicas(count: int, poison: Path) -> list[Any]:
         def generate(self, requests: list[Any], **_: Any) -> list[Any]:
             return [SimpleNamespace(version=self.version, tokens=(1,)) for _ in requests]
 
-        def load(self, update: WeightUpdate) -> int:
+        def load(self, update: WeightUpdate, in_flight: bool) -> int:
             if poison.exists():
                 poison.unlink()
                 os._exit(1)

@@ -32,7 +32,8 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 BATCH = 8
 SCHEDULE = AdaptiveSchedule(start=0.8, capacity=20, tolerance=0.0, generation="constant")
-AHEAD_STEPS, DISTILLM_STEPS, RESUME_AFTER = 5, 10, 6
+AHEAD_STEPS, IN_FLIGHT_STEPS, DISTILLM_STEPS, RESUME_AFTER = 5, 4, 10, 6
+ALL_STEPS = 2 * 6 + AHEAD_STEPS + IN_FLIGHT_STEPS + DISTILLM_STEPS
 
 
 WANTS_SHORT_RESPONSES = """
@@ -74,6 +75,14 @@ def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Finishe
         max_staleness=2,
         optimiser=Optimiser(learning_rate=3e-3),
     )
+    in_flight = Stage(
+        algorithm=MiniLLM(rollouts=BATCH, epochs=1),
+        steps=IN_FLIGHT_STEPS,
+        batch_size=BATCH,
+        max_staleness=2,
+        in_flight=True,
+        optimiser=Optimiser(learning_rate=3e-3),
+    )
     last = Stage(
         algorithm=DistiLLM(schedule=SCHEDULE), steps=DISTILLM_STEPS, batch_size=BATCH, optimiser=Optimiser(learning_rate=3e-3)
     )
@@ -84,7 +93,7 @@ def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Finishe
         data=Pairs(path=str(text().pairs)),
         text=Documents(path=str(text().texts)),
         text_length=48,
-        stages=(*stages, ahead, last),
+        stages=(*stages, ahead, in_flight, last),
         reward=FunctionReward(name=f"{reward}:rate"),
         max_prompt=MAX_PROMPT,
         max_response=MAX_RESPONSE,
@@ -105,7 +114,7 @@ def steps(finished: Finished) -> list[dict[str, float]]:
 
 
 def test_every_step_of_every_method_leaves_finite_numbers_and_a_gradient(finished: Finished) -> None:
-    assert [line["step"] for line in steps(finished)] == list(range(1, 2 * 6 + AHEAD_STEPS + DISTILLM_STEPS + 1))
+    assert [line["step"] for line in steps(finished)] == list(range(1, ALL_STEPS + 1))
     assert all(math.isfinite(value) for line in steps(finished) for value in line.values())
     assert all(line["skipped"] == 0 and line["grad_norm"] > 0 for line in steps(finished))
 
@@ -130,10 +139,17 @@ def test_responses_written_ahead_are_as_old_as_allowed_and_weighed_by_it(finishe
     assert abs(ahead[-1]["importance_weight"] - 1.0) > 1e-3
 
 
+def test_responses_written_in_flight_are_no_older_than_allowed(finished: Finished) -> None:
+    in_flight = steps(finished)[12 + AHEAD_STEPS : 12 + AHEAD_STEPS + IN_FLIGHT_STEPS]
+    assert all(line["staleness"] <= min(step, 2) for step, line in enumerate(in_flight))
+    assert in_flight[0]["logprob_mismatch"] < 1e-4
+
+
 def test_answers_to_held_out_prompts_are_kept_as_text(finished: Finished) -> None:
     samples = [json.loads(line) for line in (finished.folder / "samples.jsonl").read_text().splitlines()]
     steps_seen = {sample["step"] for sample in samples}
-    assert {0, 2, 27} <= steps_seen and len(samples) == 4 * len([line for line in finished.lines if "heldout/loss" in line])
+    assert {0, 2, ALL_STEPS} <= steps_seen
+    assert len(samples) == 4 * len([line for line in finished.lines if "heldout/loss" in line])
     assert all(sample["prompt"].strip() and sample["reference"].strip() for sample in samples)
     assert all(sample.get("teacher", "").strip() for sample in samples if sample["step"] == 0)
 
@@ -154,7 +170,7 @@ def test_distillm_learns_from_the_data_from_new_and_from_old_responses(finished:
 
 def test_resumed_in_the_middle_of_the_schedule_it_goes_on_as_if_never_stopped(finished: Finished) -> None:
     newest = sorted((finished.folder / "checkpoints").iterdir())
-    assert [path.name for path in newest[-2:]] == ["step-000023", "step-000027"]
+    assert [path.name for path in newest[-2:]] == [f"step-{step:06d}" for step in (ALL_STEPS - 4, ALL_STEPS)]
     shutil.rmtree(newest[-1])
     run(finished.experiment, resume=finished.folder, console=Console(quiet=True))
     again = [line for line in read(finished.folder)[len(finished.lines) :] if "loss" in line]

@@ -1,6 +1,7 @@
 """Phases that are written ahead, with everything real but the engines."""
 
 from contextlib import contextmanager
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -80,6 +81,32 @@ def test_each_phase_draws_anew_and_at_the_algorithms_temperature(monkeypatch: py
             at.step, at.total, workers.version = at.step + 1, at.total + 1, workers.version + 1
     assert [how["salt"] for how in asked] == [0, 1, 2]
     assert {how["temperature"] for how in asked} == {0.7}
+
+
+@pytest.mark.parametrize("in_flight", [False, True])
+def test_phases_ahead_are_written_one_after_another_or_in_flight_and_learned_from_in_their_order(
+    monkeypatch: pytest.MonkeyPatch, in_flight: bool
+) -> None:
+    """The first phase is the last to be written."""
+    stage = Stage(algorithm=GKD(), steps=3, batch_size=2, max_staleness=2, in_flight=in_flight)
+    generate, writing, others = Sleepers.generate, set(), Event()
+
+    def watched(self: Sleepers, *given: Any, salt: int, **how: Any) -> Any:
+        writing.add(salt)
+        others.set() if len(writing) == 3 else None
+        if salt == 0:
+            assert others.wait(timeout=10.0 if in_flight else 0.1) == in_flight
+        return generate(self, *given, **how)
+
+    monkeypatch.setattr(Sleepers, "generate", watched)
+    asked: list[str] = []
+    with begun(stage) as (phases, workers, at):
+        assert workers.in_flight == in_flight
+        while at.step < stage.steps:
+            asked += [row.rollout.prompt_id for row in phases.next().rows]
+            at.step, at.total, workers.version = at.step + 1, at.total + 1, workers.version + 1
+    stream = PromptStream([Prompt(id=str(i), tokens=(1,), response=(2,)) for i in range(100)], 0)
+    assert asked == [prompt.id for prompt in stream.take(6)]
 
 
 def test_held_rows_are_counted_as_of_the_last_step_that_learns_from_them(monkeypatch: pytest.MonkeyPatch) -> None:

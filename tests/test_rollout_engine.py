@@ -290,6 +290,56 @@ def test_responses_in_progress_are_finished_by_the_version_that_began_them():
             torch.testing.assert_close(torch.tensor(rollout.student_logprobs), expected, atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def switched_logprobs(before, after, tokens: tuple[int, ...], start: int, at: int) -> torch.Tensor:
+    """Of ``tokens[start:]`` where ``before`` reads the text up to position ``at``, and ``after`` the rest with its keys and
+    values; ``[T]``."""
+    read = before(torch.tensor([tokens[:at]]), use_cache=True)
+    rest = after(torch.tensor([tokens[at:]]), past_key_values=read.past_key_values)
+    logprobs = torch.cat([read.logits, rest.logits], 1)[0, start - 1 : -1].log_softmax(-1)
+    return logprobs.gather(-1, torch.tensor(tokens[start:])[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("teacher_share", [0.0, 0.3])
+def test_in_flight_new_weights_write_on_with_the_keys_and_values_that_are_there(teacher_share):
+    """The first update is vLLM's own, the second in place. A later request for the same prompt finds nothing cached."""
+    student, models = worker(STORIES), [reference(STORIES)]
+    long = GenerationRequest(prompt_id="long", sample=0, prompt_tokens=(1, *range(300, 370)), salt=0)  # two blocks and more
+    asked = [*requests(), long]
+
+    async def load_meanwhile(update):
+        writing = asyncio.ensure_future(student.generate(asked, teacher_share, 120, worker(folder("teacher")).engine))
+        while not student.engine._thread._running:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        version = await student.load(update, in_flight=True)
+        assert not writing.done(), "all was written before the new weights came"
+        return await writing, version, await student.generate([long], 0.0, 20)
+
+    try:
+        for version in (1, 2):
+            models.append(perturbed(models[-1], seed=20 + version))
+            rollouts, loaded, later = wait(load_meanwhile(publish(models[-1], version)))
+            assert (loaded, {r.version for r in rollouts}, later[0].version) == (version, {version - 1}, version)
+            num_switched = 0
+            for rollout in rollouts:
+                tokens, start = (*rollout.prompt_tokens, *rollout.tokens), len(rollout.prompt_tokens)
+                recorded = torch.tensor(rollout.student_logprobs)
+                differ = [(chosen_logprobs(model, tokens, start) - recorded).abs() > 1e-4 for model in models[-2:]]
+                if all(differs.any() for differs in differ):  # what the new weights are sure of, the old ones may be, too
+                    first = start + int(differ[0].nonzero()[0])
+                    before, after = models[-2:]
+                    places = range(max(1, first - 10), first)
+                    switched = [switched_logprobs(before, after, tokens, start, at) for at in places]
+                    assert min(float((expected - recorded).abs().max()) for expected in switched) < 1e-4
+                    num_switched += 1
+            assert num_switched >= len(rollouts) // 2, "most were written by both"
+            expected = chosen_logprobs(models[-1], [*long.prompt_tokens, *later[0].tokens], len(long.prompt_tokens))
+            torch.testing.assert_close(torch.tensor(later[0].student_logprobs), expected, atol=1e-4, rtol=0)
+    finally:
+        wait(student.load(publish(reference(STORIES), version=0)))
+
+
 def test_padding_of_the_vocabulary_is_never_sampled_and_has_no_probability():
     model = folder("tiny-q")
     written = wait(_many(worker(model).engine, 64))

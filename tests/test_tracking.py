@@ -17,27 +17,35 @@ from raykd.workers import Workers
 
 
 @pytest.mark.parametrize(
-    ("busy", "staleness", "expected"),
+    ("busy", "ahead", "expected"),
     [
         (
             {"wait": 8, "generate": 6, "score": 2, "learn": 2},
-            0,
+            (0, False),
             "80% of the time, mostly for the rollout replicas.*max_staleness 1",
         ),
-        ({"wait": 5, "generate": 2, "score": 4, "learn": 5}, 1, "50% of the time, mostly for the teacher replicas: more of them"),
-        ({"wait": 0.5, "generate": 6, "learn": 9, "publish": 0.5}, 1, "more learner ranks would help"),
+        (
+            {"wait": 5, "generate": 2, "score": 4, "learn": 5},
+            (1, False),
+            "50% of the time, mostly for the teacher replicas: more of them",
+        ),
+        ({"wait": 0.5, "generate": 6, "learn": 9, "publish": 0.5}, (1, False), "more learner ranks would help"),
         (
             {"wait": 103, "generate": 2, "score": 1, "rate": 100, "learn": 10},
-            0,
+            (0, False),
             "mostly for the reward, which has one actor: a cheaper reward would help, or max_staleness 1",
         ),
-        ({"wait": 3, "learn": 10}, 0, "23% of the time, for no rollout, teacher or reward: replicas would not help$"),
+        ({"wait": 3, "learn": 10}, (0, False), "23% of the time, for no rollout, teacher or reward: replicas would not help$"),
+        ({"wait": 5, "generate": 9, "learn": 5}, (1, False), "rollout replicas: more of them would help, or in_flight keeps"),
+        ({"wait": 5, "generate": 9, "learn": 5}, (1, True), "rollout replicas: more of them would help$"),
     ],
 )
-def test_advice_names_what_held_the_run_up(tmp_path: Path, busy: dict[str, float], staleness: int, expected: str) -> None:
+def test_advice_names_what_held_the_run_up(
+    tmp_path: Path, busy: dict[str, float], ahead: tuple[int, bool], expected: str
+) -> None:
     halves = json.dumps({"step": 1, **{f"seconds/{verb}": seconds / 2 for verb, seconds in busy.items()}})
     (tmp_path / "metrics.jsonl").write_text(f'{halves}\n{halves}\n{{"step": 2, "seco')
-    assert re.search(expected, advice(tmp_path, staleness))
+    assert re.search(expected, advice(tmp_path, *ahead))
 
 
 def test_a_run_that_died_within_a_line_goes_on_with_the_next(tmp_path: Path) -> None:
@@ -115,6 +123,22 @@ def test_a_step_is_charged_with_its_own_time_whoever_works_ahead() -> None:
         "waiting/learner": 2.0,
     }
     assert shares(second) == {"rollout": 0.5, "teacher": 0.0, "learner": 0.5}
+
+
+def test_what_runs_for_two_phases_at_the_same_time_is_counted_once() -> None:
+    now = [0.0]
+    usage = Usage(("rollout",), clock=lambda: now[0])
+    with usage.measured("generate") as first:
+        now[0] = 2.0
+        with usage.measured("generate") as second:
+            now[0] = 3.0
+            assert usage.take() == {"seconds/generate": 3.0, "waiting/rollout": 0.0}
+            now[0] = 5.0
+            second.tokens = 10
+        now[0] = 6.0
+        first.tokens = 20
+    now[0] = 10.0
+    assert usage.take() == {"seconds/generate": 3.0, "tokens/generate": 30, "waiting/rollout": 4.0}
 
 
 def test_a_key_that_weights_and_biases_refuses_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

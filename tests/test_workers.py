@@ -121,7 +121,7 @@ def test_after_a_step_the_published_weights_are_the_learners_and_the_engine_foll
         for name, tensor in expected.items():
             assert torch.equal(published[name].view(torch.uint8), tensor.view(torch.uint8)), name
     assert workers.rollouts is not None
-    assert workers.rollouts.broadcast("load", {"update": carried}) == [3, 3]
+    assert workers.rollouts.broadcast("load", {"update": carried, "in_flight": False}) == [3, 3]
     assert workers.rollouts.broadcast("gpus", {}) == [[workers.learner.all("gpu")[0]]] * len(workers.rollouts.actors)
 
     # Hugging Face agrees with what the engine recorded, token by token.
@@ -219,6 +219,43 @@ def test_when_every_replica_dies_they_come_back_with_the_newest_weights_and_no_p
     count = sum(len(rollout.tokens) for rollout in rollouts)
     engine = -sum(sum(rollout.student_logprobs or ()) for rollout in rollouts) / count
     assert nll(workers, rollouts) == pytest.approx(engine, abs=1e-5)
+
+
+def test_two_phases_in_flight_lose_and_double_nothing_when_a_replica_is_killed_amid_new_weights(workers: Workers):
+    workers.in_flight = True
+    written: dict[int, list[Rollout]] = {}
+    before = workers.version
+
+    def write_phase(salt: int, update: WeightUpdate | None) -> threading.Thread:
+        def generate() -> None:
+            asked = {"samples": SAMPLES, "teacher_share": 0.3, "max_tokens": LONG, "salt": salt}
+            written[salt] = workers.generate(prompts()[:PROMPTS], update, **asked)
+
+        thread = threading.Thread(target=generate)
+        thread.start()
+        return thread
+
+    assert workers.rollouts is not None
+    doomed, other = workers.rollouts.actors
+    try:
+        first = write_phase(11, workers.publish())
+        wait_until(lambda: look(doomed, VICTIMS["rollout"]) > 1, "a request in progress")
+        learn(workers)
+        second = write_phase(12, workers.publish())
+        wait_until(lambda: look(other, lambda self: self._worker.version) == before + 1, "new weights")
+        assert first.is_alive(), "the first phase was written before the new weights came"
+        ray.kill(doomed, no_restart=False)
+        for thread in (first, second):
+            thread.join(DEADLINE_S)
+            assert not thread.is_alive()
+    finally:
+        workers.in_flight = False
+    expected = [(prompt.id, sample) for prompt in prompts()[:PROMPTS] for sample in range(SAMPLES)]
+    for rollouts in written.values():
+        assert [(rollout.prompt_id, rollout.sample) for rollout in rollouts] == expected, "each once, in the order asked"
+        assert all(len(rollout.student_logprobs or ()) == len(rollout.tokens) for rollout in rollouts)
+    assert {rollout.version for rollout in written[11]} == {before, before + 1}, "what the dead one was asked is written anew"
+    assert {rollout.version for rollout in written[12]} == {before + 1}
 
 
 def place(update: WeightUpdate | None) -> Region:

@@ -43,6 +43,11 @@ class Stage(Value):
     max_staleness: int = Field(default=0, ge=0)
     """Phases that are written and scored ahead of the learner, while it learns from earlier ones. 0: everything in turn. Without
     GPUs, actors that work at the same time share the cores: give each its part of them as ``threads``."""
+    in_flight: bool = False
+    """The phases that are ahead are written at the same time, and new weights reach the responses that are being written: no
+    engine is idle for the sake of a phase's longest response. What a response's tokens are learned with are the log-probs of
+    their writers; its version is that of the oldest. Takes ``max_staleness`` of 1 or more. When an update comes depends on how
+    fast everyone is, so such a run does not repeat itself exactly."""
     replay: Replay | None = None
     """How long responses are kept for another use, in place of the algorithm's own bounds. ``samples_per_insert`` is then the
     number of passes over a phase's responses; without it, batches are drawn from all that are held."""
@@ -83,6 +88,12 @@ class Stage(Value):
             raise ValueError(
                 f"samples_per_prompt {self.samples_per_prompt} does not divide batch_size {self.batch_size}; change one of them"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ahead(self) -> Self:
+        if self.in_flight and not self.max_staleness:
+            raise ValueError("in_flight writes phases ahead of the learner, and max_staleness is 0: set it to 1 or more")
         return self
 
     @model_validator(mode="after")

@@ -240,7 +240,8 @@ def _progress(num_steps: int, last: int, written: datetime | None) -> str:
 def _advice(folder: Path, stages: Sequence[Mapping[str, Any]], steps: Mapping[int, Numbers]) -> str:
     if not any("seconds/wait" in line for line in steps.values()):
         return ""
-    return advice(folder, max(stage.get("max_staleness", 0) for stage in stages))
+    ahead, in_flight = ([stage.get(name, 0) for stage in stages] for name in ("max_staleness", "in_flight"))
+    return advice(folder, max(ahead), any(in_flight))
 
 
 def _no_held_out(experiment: Mapping[str, Any]) -> str:

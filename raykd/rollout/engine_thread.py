@@ -48,6 +48,7 @@ class EngineThread:
         self._backlog: deque[_Request | _Call] = deque()
         self._running: dict[str, _Request] = {}
         self._num_requests = 0
+        self._num_updates = 0
         self._failure: BaseException | None = None
         self._sleeping = False
         self._closing = threading.Lock()
@@ -71,6 +72,19 @@ class EngineThread:
         No text is resident then. ``fatal``: an error in it leaves the engine unusable.
         """
         return self._put(_Call(function, fatal))
+
+    def update(self, function: "Callable[[LLMEngine], Any]", *, in_flight: bool) -> Future[Any]:
+        """Run a function that replaces the weights: ``exclusive``, or between two steps of the requests that are running.
+
+        Those go on with the keys and values that they have; requests that begin later share none of them. An error in it leaves
+        the engine unusable.
+        """
+
+        def updated(engine: "LLMEngine") -> None:
+            function(engine)
+            self._num_updates += 1
+
+        return self._put(_Call(updated, fatal=True, exclusive=not in_flight))
 
     def sleep(self) -> Future[None]:
         """Give the GPU memory of weights and KV cache back, once the requests queued before are answered.
@@ -171,10 +185,10 @@ class EngineThread:
             if request.session is not None:
                 if not self._sessions.rests(request.session):
                     self._drop(request.session)  # its caller has given up a call that is still under way
-                name = self._sessions.resume(request.session, request.text, request.pieces)
+                name = self._sessions.resume(request.session, request.text, request.pieces, self._salt)
             else:
                 self._num_requests += 1
-                prompt: Any = {"type": "token", "prompt_token_ids": request.text}
+                prompt: Any = {"type": "token", "prompt_token_ids": request.text, "cache_salt": self._salt}
                 name = str(self._num_requests)
                 engine.add_request(name, prompt, request.pieces[0][1])
         except (ValueError, VLLMClientError) as error:  # this request is at fault, not the engine
@@ -183,6 +197,11 @@ class EngineThread:
             _answer(request.future, error)
         else:
             self._running[name] = request
+
+    @property
+    def _salt(self) -> str:
+        """What tells the keys and values of these weights from those of others in vLLM's prefix cache."""
+        return str(self._num_updates)
 
     def _drop(self, session: str) -> None:
         name = self._sessions.end(session)

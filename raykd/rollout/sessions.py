@@ -83,8 +83,11 @@ class Sessions:
         """Whether the text is here and waits to be continued."""
         return name in self._at_rest
 
-    def resume(self, name: str, text: list[int], pieces: Sequence[Piece]) -> str:
-        """Queue the pieces of a text, the first of which reads what is new; returns vLLM's name of the request."""
+    def resume(self, name: str, text: list[int], pieces: Sequence[Piece], salt: str) -> str:
+        """Queue the pieces of a text, the first of which reads what is new; returns vLLM's name of the request.
+
+        ``salt``: texts read under another share nothing with this one.
+        """
         session = self._sessions.get(name)
         if session is not None and len(session.read) < pieces[0][0] and session.read == text[: len(session.read)]:
             del self._at_rest[name]
@@ -94,7 +97,7 @@ class Sessions:
             self._num_opened += 1
             session = self._sessions[name] = _Session(f"{name}/{self._num_opened}")
         for end, params in pieces:
-            self._queue(session.request_id, text[len(session.read) : end], params)
+            self._queue(session.request_id, text[len(session.read) : end], params, salt)
             session.read = text[:end]
         session.num_pieces = session.num_unfinished = len(pieces)
         return session.request_id
@@ -158,9 +161,9 @@ class Sessions:
         places = range(*(pieces[-1][1].extra_args or {})[SCORED])
         return [piece for piece in pieces if piece[0] not in places], places
 
-    def _queue(self, request_id: str, tokens: list[int], params: "SamplingParams") -> None:
+    def _queue(self, request_id: str, tokens: list[int], params: "SamplingParams", salt: str) -> None:
         engine = self._engine
-        prompt: Any = {"type": "token", "prompt_token_ids": tokens}
+        prompt: Any = {"type": "token", "prompt_token_ids": tokens, "cache_salt": salt}
         tasks = engine.get_supported_tasks()
         request = engine.input_processor.process_inputs(request_id, prompt, params, tasks, resumable=True)
         request.external_req_id = request_id

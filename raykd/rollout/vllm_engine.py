@@ -92,9 +92,9 @@ class VllmEngine:
         await check(update)
         return await self.install(update)
 
-    async def install(self, update: WeightUpdate) -> int:
-        """``load`` after the check."""
-        replaced = self._thread.exclusive(lambda engine: replace_weights(engine, update.buckets), fatal=True)
+    async def install(self, update: WeightUpdate, *, in_flight: bool = False) -> int:
+        """``load`` after the check; ``in_flight``: at once, and what is being written is written on by the new weights."""
+        replaced = self._thread.update(lambda engine: replace_weights(engine, update.buckets), in_flight=in_flight)
         await self._answer(replaced, f"the weights of version {update.version}")
         return update.version
 
@@ -197,12 +197,10 @@ async def check(update: WeightUpdate) -> None:
 
 
 def replace_weights(engine: "LLMEngine", buckets: Sequence[Bucket]) -> None:
-    """Load all buckets and forget what was computed with the old weights. A ValueError leaves weights of both versions."""
+    """Load all buckets. A ValueError leaves weights of both versions."""
     engine.collective_rpc("start_weight_update")
     for bucket in buckets:
         engine.collective_rpc("update_weights", args=({"bucket": bucket},))
     engine.collective_rpc("finish_weight_update")
     for bucket in buckets:
         refuse_overwritten(bucket)
-    if not engine.reset_prefix_cache():
-        raise RuntimeError("vLLM keeps keys and values of the old weights: a request is still running")

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 from raykd.records import Rollout, Source
 from raykd.rollout.config import EngineSettings
@@ -13,9 +13,11 @@ from raykd.weights import WeightUpdate
 
 
 class RolloutWorker:
-    """Writes responses as the student, the teacher or both; every response is written by one version of the student.
+    """Writes responses as the student, the teacher or both.
 
-    ``load`` waits until the responses in progress are written, and later ``generate`` calls wait for it.
+    ``load`` waits until the responses in progress are written, and later ``generate`` calls wait for it: every response is
+    written by one version of the student. Where it is told to load in flight, it waits for nothing, and a response in progress
+    is written on by the new version; its own is then the one that began it, and each log-prob that of the token's writer.
     """
 
     def __init__(self, model: str, config: EngineSettings, eos_token_ids: Sequence[int]) -> None:
@@ -46,11 +48,11 @@ class RolloutWorker:
                 for task in writing:
                     task.cancel()
 
-    async def load(self, update: WeightUpdate) -> int:
+    async def load(self, update: WeightUpdate, *, in_flight: bool = False) -> int:
         """Replace the student's weights; returns the version. Checking overlaps with generation, replacing does not."""
         await check(update)
-        async with self._alone():
-            self.version = await self.engine.install(update)
+        async with nullcontext() if in_flight else self._alone():
+            self.version = await self.engine.install(update, in_flight=in_flight)
             return self.version
 
     async def sleep(self) -> None:
@@ -90,8 +92,8 @@ class RolloutWorker:
                 self._turn.notify_all()
 
     async def _write(self, request: GenerationRequest, teacher_share: float, max_tokens: int, teacher: Writer | None) -> Rollout:
-        # The version is part of the seed: the same prompt asked of a new policy is a new draw.
-        seed = derive_seed(self._seed, request.salt, request.prompt_id, request.sample, self.version)
+        version = self.version  # part of the seed: the same prompt asked of a new policy is a new draw
+        seed = derive_seed(self._seed, request.salt, request.prompt_id, request.sample, version)
         if teacher is None or teacher_share == 0:
             response = await self.engine.complete(request.prompt_tokens, max_tokens, seed, temperature=request.temperature)
         else:
@@ -106,6 +108,6 @@ class RolloutWorker:
             teacher_share=teacher_share,
             temperature=request.temperature,
             student_logprobs=response.logprobs,
-            version=self.version,
+            version=version,
             finished=response.finished,
         )
