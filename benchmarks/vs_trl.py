@@ -7,11 +7,12 @@ have 128 tokens each, so that nobody computes padding, or with ``--lengths uneve
 and 256 at most. Checkpoints are float32 or bfloat16; then TRL runs with its default ``bf16=True`` and steps bfloat16 weights,
 ours keeps float32 master weights. Every contender is a process of its own, given the same models and prompts; ours is
 ``run(Experiment)`` with its actors, "compiled" the same with ``learner.compiled``, "overlap" also with ``max_staleness`` 1 and
-one thread for the learner and for the engine that writes. "distillation" writes with transformers, TRL's default,
-"distillation_vllm" with vLLM in its own process (``use_vllm=True, vllm_mode="colocate"``). All have the settings of the C library
-that our actors have. Seconds are medians of the steps after the first three, or their mean where lengths are uneven. Memory is
-the high-water mark of resident memory of the process that learns; for ours also the sum over driver and actors, each with its own
-copy of the libraries (0.5 to 0.9 GB), shared pages counted in each; Ray's own processes are not.
+one thread for the learner and for the engine that writes, "in_flight" two phases ahead with ``in_flight``. "distillation"
+writes with transformers, TRL's default, "distillation_vllm" with vLLM in its own process (``use_vllm=True,
+vllm_mode="colocate"``). All have the settings of the C library that our actors have. Seconds are medians of the steps after the
+first three, or their mean where lengths are uneven. Memory is the high-water mark of resident memory of the process that
+learns; for ours also the sum over driver and actors, each with its own copy of the libraries (0.5 to 0.9 GB), shared pages
+counted in each; Ray's own processes are not.
 
 "check": all three give the same loss and gradient on the same samples of unequal length; in bfloat16 they are compared with what
 ours computes from the same weights in float32. "floor": the matrix products of a step, each once, as if they ran at the rate of
@@ -190,8 +191,8 @@ def overlap(task: Task) -> dict[str, Any]:
 
 
 def in_flight(task: Task) -> dict[str, Any]:
-    """Overlap, and two phases are written at the same time."""
-    return raykd(task, max_staleness=1, threads=1, compiled=True, in_flight=True)
+    """Overlap, but two phases ahead, and all of them are written at the same time."""
+    return raykd(task, max_staleness=2, threads=1, compiled=True, in_flight=True)
 
 
 def distillation(task: Task) -> dict[str, Any]:
