@@ -35,8 +35,9 @@ from raykd.algorithms.base import Needs
 from raykd.algorithms.token_divergences import ReverseKL
 from raykd.collate import LossTerm
 from raykd.experiment import LearnerConfig, Optimiser, TeacherConfig
+from raykd.head import Head
 from raykd.learner import Learner
-from raykd.projection import Head, weighted_loss
+from raykd.projection import weighted_loss
 from raykd.rank import meeting_place
 from raykd.records import Rollout, Row, Source, Totals
 from raykd.teacher import Teacher

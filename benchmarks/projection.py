@@ -31,7 +31,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from raykd.divergences import reverse_kl
-from raykd.projection import Head, weighted_loss
+from raykd.head import Head
+from raykd.projection import weighted_loss
 
 GPU = torch.cuda.is_available()
 THREADS, DEVICE = 2, "cuda" if GPU else "cpu"

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from raykd.algorithms.base import Algorithm, Needs
+from raykd.head import Head
 from raykd.logprobs import mixture_logprobs
 from raykd.packing import Layout, packed, padded
 from raykd.payloads import Top
-from raykd.projection import Head
 from raykd.records import Batch, Row, Scores, Source, Totals
 
 CPU = torch.device("cpu")

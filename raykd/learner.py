@@ -29,7 +29,7 @@ from raykd.collate import Fetch, LossTerm, MicroBatch, collate, micro_batches
 from raykd.experiment import LearnerConfig, Optimiser
 from raykd.fused import fuse
 from raykd.gpu_sharing import gpu_uuid
-from raykd.projection import Head
+from raykd.head import Head
 from raykd.rank import SteadyAdamW, connect, deepspeed_config, settings, zero_stage
 from raykd.records import Row
 from raykd.student import Student

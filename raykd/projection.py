@@ -16,19 +16,17 @@ a GPU in three bytes a number.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
 from torch.utils._pytree import tree_leaves
 
-from raykd.cpu_products import PackedWeight, add_outer
 from raykd.gpu_products import Sum, scale_
+from raykd.head import COLUMNS, Head, add_product
 from raykd.logprobs import can_look, gather, promote
 from raykd.payloads import Probe, Top, compare, unwritten
 
@@ -47,8 +45,6 @@ class Sizes:
     """A chunk has at least so many, and a multiple of them."""
     tile: int
     """Most logits that are reduced at a time."""
-    columns: int
-    """Rows of W h begin at multiples of so many numbers, and so many are computed at least."""
     together: int
     """Chunks whose slopes are multiplied together; 0: each, in the place of its W h."""
 
@@ -57,10 +53,10 @@ SIZES = {
     # Chunks of 30 MiB, 156 positions at V = 50,257: what is larger than 32 MiB the C library gives back to the system at once,
     # and getting it again page by page takes longer than computing on it. Tiles of 3 MiB: the many passes between logits and
     # slope stay in the caches.
-    "cpu": Sizes(chunk=15 * 2**19, positions=1, tile=3 * 2**18, columns=1, together=0),
+    "cpu": Sizes(chunk=15 * 2**19, positions=1, tile=3 * 2**18, together=0),
     # Of bfloat16, a twentieth of the memory of all at once. With fewer positions the heads are read for longer than they are
-    # multiplied, and so are the sums of gradients with fewer of them together. Products of odd sizes take seven times as long.
-    "cuda": Sizes(chunk=2**23, positions=256, tile=2**62, columns=64, together=3),
+    # multiplied, and so are the sums of gradients with fewer of them together.
+    "cuda": Sizes(chunk=2**23, positions=256, tile=2**62, together=3),
 }
 
 RECOMPUTE: dict[str, Any] = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200, "split_reductions": False}
@@ -68,93 +64,6 @@ RECOMPUTE: dict[str, Any] = {"realize_reads_threshold": 16, "realize_opcount_thr
 a row by one block of threads, since there are enough rows."""
 PROGRAMS = 64
 """Compiled ones that are kept: an algorithm has several, with and without gradient, for the first tile of a chunk and others."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Head:
-    """An output head: logits = softcap * tanh(scale * (W h + b) / softcap), float32 (float64 for float64 weights)."""
-
-    weight: Tensor
-    """[V, H]."""
-    bias: Tensor | None = None
-    """[V]."""
-    scale: float = 1.0
-    softcap: float | None = None
-    packed: PackedWeight | None = None
-    """The weight as a CPU multiplies bfloat16 by it."""
-    tail: Tensor | None = None
-    """On a GPU, where V is no multiple of ``Sizes.columns``: the last rows of the weight, and zeros up to that multiple."""
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        """``[n, H] -> [n, V]``."""
-        return self.logits(self.product(hidden))
-
-    def product(self, hidden: Tensor) -> Tensor:
-        """W h, in float32 for half-precision inputs: a bfloat16 logit near 16 would be off by up to 0.06."""
-        hidden = hidden.to(self.weight.dtype)
-        if self.packed is not None:
-            return self.packed.product(hidden)
-        if self.tail is None:
-            return _product(hidden, self.weight.T)
-        size, whole = len(self.weight), self._whole
-        dtype = torch.promote_types(hidden.dtype, torch.float32)
-        product = hidden.new_empty(len(hidden), whole + len(self.tail), dtype=dtype)
-        _product(hidden, self.weight[:whole].T, product[:, :whole])
-        _product(hidden, self.tail.T, product[:, whole:])
-        return product[:, :size]
-
-    def pull_back(self, slope: Tensor, out: Tensor) -> None:
-        """slope W, ``[n, V] -> [n, H]``: the gradient of ``hidden`` from that of its product."""
-        if self.tail is not None:  # the small part first, so that what is rounded last is the sum
-            whole = self._whole
-            _add_product(out, 0, slope[:, whole:], self.weight[whole:])
-            _add_product(out, 1, slope[:, :whole], self.weight[:whole])
-        elif slope.is_cpu:  # half precision is rounded here as it would be by autograd
-            out.copy_(slope @ self.weight)
-        else:
-            _add_product(out, 0, slope, self.weight)
-
-    @property
-    def _whole(self) -> int:
-        """Rows before those of the tail."""
-        return len(self.weight) - (0 if self.tail is None else len(self.weight) % len(self.tail))
-
-    def logits(self, product: Tensor) -> Tensor:
-        """Bias, scale and soft-cap; ``[n, V]``, the product's own memory where there are none."""
-        logits = product if self.bias is None else product + self.bias.to(product.dtype)
-        logits = logits if self.scale == 1 else logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def cut(self, vocab_size: int) -> "Head":
-        """The head of the true vocabulary: the first ``vocab_size`` rows, without a copy."""
-        if vocab_size > len(self.weight):
-            raise ValueError(
-                f"the head has {len(self.weight)} rows but the tokenizer {vocab_size} tokens: it is another model's head"
-            )
-        bias = None if self.bias is None else self.bias[:vocab_size]
-        return replace(self, weight=self.weight[:vocab_size], bias=bias, packed=None, tail=None)
-
-    def to(self, device: torch.device) -> "Head":
-        """A copy on ``device``."""
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(self, weight=self.weight.to(device), bias=bias, packed=None, tail=None)
-
-    def frozen(self) -> "Head":
-        """To multiply by and not to differentiate: without the weight where it is packed, of which only shape and dtype stay."""
-        return self if self.packed is None else replace(self, weight=self.weight.to("meta"))
-
-    def ready(self, vocab_size: int) -> "Head":
-        """Cut to the true vocabulary and laid out for fast products. A CPU would round those of half-precision numbers to half
-        precision: such a weight is packed, or else widened. A frozen model's head is made ready once."""
-        if self.packed is not None and len(self.weight) == vocab_size:
-            return self
-        head = self.cut(vocab_size)
-        with suppress(NotImplementedError):
-            return replace(head, packed=PackedWeight(head.weight))
-        weight = promote(head.weight) if head.weight.is_cpu else head.weight
-        columns = SIZES[weight.device.type].columns
-        rest = vocab_size % columns
-        return replace(head, weight=weight, tail=pad(weight[-rest:], (0, 0, 0, columns - rest)) if rest else None)
 
 
 def weighted_loss(
@@ -220,7 +129,7 @@ def weighted_loss(
         if not sizes.together:
             slope = differentiate(block, states, None)
         else:
-            columns = vocab_size + -vocab_size % sizes.columns
+            columns = vocab_size + -vocab_size % COLUMNS[hidden.device.type]
             slope = states.new_empty(len(states) if gradients.wanted else 0, columns)[:, :vocab_size]
             for rows in _slices(block.start, block.stop, size):
                 own = slice(rows.start - block.start, rows.stop - block.start)
@@ -379,7 +288,7 @@ class _Gradients:
         if self.weight_sum is not None:
             self.weight_sum.add(slope, states, begins=begins, ends=ends)
         elif self.weight is not None:
-            _add_product(self.weight[: slope.shape[1]], 0 if begins else 1, slope.T, states)
+            add_product(self.weight[: slope.shape[1]], 0 if begins else 1, slope.T, states)
         if self.bias is not None:
             self.bias[: slope.shape[1]] += slope.sum(0, dtype=self.bias.dtype)
 
@@ -423,23 +332,6 @@ def _teacher(product: Tensor, head: Head | None, tokens: Tensor, vocab_size: int
     logprobs = torch.log_softmax(logits, dim=-1)
     chosen = gather(logprobs, tokens)
     return logprobs, Probe(gather(logits, tokens) - chosen, chosen)
-
-
-def _product(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
-    """first @ second, in at least float32."""
-    if first.is_cuda and first.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(first, second, out_dtype=torch.float32, out=out)
-    return torch.mm(promote(first), promote(second), out=out)
-
-
-def _add_product(total: Tensor, beta: int, first: Tensor, second: Tensor) -> None:
-    """total = beta total + first @ second, without a temporary; beta is 0 or 1."""
-    if first.dtype == total.dtype:
-        total.addmm_(first, second, beta=beta)
-    elif first.is_cuda:
-        torch.addmm(total, first, second, beta=beta, out_dtype=total.dtype, out=total)
-    else:  # half precision on a CPU
-        add_outer(total, first.T, second, beta=beta)
 
 
 def _positions(states: Tensor, vocab_size: int, most: int | None = None) -> int:

@@ -18,7 +18,7 @@ from raykd.checkpoints import newest_checkpoint, restore_data, restore_workers, 
 from raykd.experiment import Experiment, FunctionReward
 from raykd.models import check_models, ends, model_facts, vocabulary
 from raykd.phases import Position
-from raykd.planning import gpu_bytes, plan
+from raykd.planning import Room, gpu_bytes, plan
 from raykd.prompts import Data, Prompts, PromptStream
 from raykd.report import write_report
 from raykd.reward import load_function
@@ -196,16 +196,18 @@ def _check_listens(address: str) -> None:
 
 
 def refuse_too_large(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raises ValueError for a worker that no GPU of the cluster can hold, or workers that all of them cannot, where Ray says of
-    what types they are."""
-    if not experiment.gpus():
-        return
-    with_gpus = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU")]
-    types = [name.partition(":")[2] for resources in with_gpus for name in resources if name.startswith("accelerator_type:")]
-    largest = gpu_bytes(types)
-    gpus = sum(resources["GPU"] for resources in with_gpus)
-    if largest and (refusal := plan(experiment, tokenizer, vocab_size).refusal(largest, gpus)):
-        raise ValueError(refusal)
+    """Raises ValueError for a worker that no GPU or no node of the cluster can hold, or workers that all of them cannot; on GPUs
+    where Ray says of what types they are."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    free = [int(resources.get("memory", 0) + resources.get("object_store_memory", 0)) for resources in nodes]
+    rooms = [Room("node", max(free), sum(free))]
+    types = [name.partition(":")[2] for resources in nodes for name in resources if name.startswith("accelerator_type:")]
+    if largest := gpu_bytes(types):
+        rooms.append(Room("GPU", largest, int(largest * sum(resources.get("GPU", 0.0) for resources in nodes))))
+    takes = plan(experiment, tokenizer, vocab_size)
+    for room in rooms:
+        if refusal := takes.refusal(room):
+            raise ValueError(refusal)
 
 
 def idle_gpus(experiment: Experiment) -> str:

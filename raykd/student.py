@@ -19,12 +19,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from raykd.algorithms.base import Algorithm
 from raykd.collate import MicroBatch
 from raykd.experiment import LoRA
+from raykd.head import Head
 from raykd.lora import adapt
 from raykd.mismatch import recorded_logprobs, with_mismatch
 from raykd.packing import can_pack, packed, padded
 from raykd.payloads import Probe
 from raykd.pretrained import load_config, load_model
-from raykd.projection import Head, weighted_loss
+from raykd.projection import weighted_loss
 
 HEAD_TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 """Largest accepted difference of the rebuilt logits, relative to the largest logit."""

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from raykd.algorithms import KD, SFT, MiniLLM
 from raykd.collate import collate, deal, length, micro_batches
+from raykd.head import Head
 from raykd.packing import PADDING
-from raykd.projection import Head
 from raykd.records import Rollout, Row, Scores, Source, Totals
 
 LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 30)), max_size=40)

@@ -15,8 +15,9 @@ from raykd.algorithms.token_divergences import JSD, ReverseKL
 from raykd.divergences import reverse_kl
 from raykd.fused import fuse
 from raykd.gpu_products import Sum, scale_
+from raykd.head import Head
 from raykd.packing import Ragged, packed, packed_attention
-from raykd.projection import SIZES, Head, teacher_probe, weighted_loss
+from raykd.projection import SIZES, teacher_probe, weighted_loss
 
 if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)

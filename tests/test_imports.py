@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "raykd"
 # Lowest first. A module (or folder) imports from rows below its own, and from its own row without going in circles.
 ROWS = (
     ("payloads", "records", "logprobs", "value", "provenance", "chat", "sources"),
-    ("divergences", "surrogates", "projection", "packing", "fused", "compiled", "cpu_products", "gpu_products"),
+    ("divergences", "surrogates", "head", "projection", "packing", "fused", "compiled", "cpu_products", "gpu_products"),
     (
         "algorithms",
         "prompts",

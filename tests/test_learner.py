@@ -22,8 +22,8 @@ from raykd.algorithms import KD, SFT, MiniLLM
 from raykd.algorithms.base import Algorithm
 from raykd.collate import LossTerm, deal
 from raykd.experiment import LearnerConfig, Optimiser
+from raykd.head import Head
 from raykd.logprobs import mixture_logprobs
-from raykd.projection import Head
 from raykd.rank import meeting_place
 from raykd.records import Batch, Rollout, Row, Scores, Source, Totals
 from raykd.weights import unpack

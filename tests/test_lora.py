@@ -32,7 +32,7 @@ from raykd.experiment import (
     TeacherConfig,
     TrackingConfig,
 )
-from raykd.projection import Head
+from raykd.head import Head
 from raykd.rank import meeting_place
 from raykd.records import Row, Totals
 from raykd.run import run

@@ -17,8 +17,9 @@ from raykd import projection
 from raykd.algorithms import AKL, GKD, KD, OPD, SFT, Algorithm, DistiLLM, DistiLLM2, MiniLLM, SeqKD
 from raykd.algorithms.token_divergences import AnyDivergence
 from raykd.divergences import reverse_kl
+from raykd.head import COLUMNS, Head
 from raykd.payloads import Probe
-from raykd.projection import SIZES, Head, teacher_probe, weighted_loss
+from raykd.projection import SIZES, teacher_probe, weighted_loss
 
 N, H_STUDENT, H_TEACHER, V, PADDED = 11, 6, 8, 13, 16
 DIVERGENCES = [kind() for kind in get_args(get_args(AnyDivergence)[0])]
@@ -112,8 +113,9 @@ def gradients(loss: Tensor, case: Case) -> tuple[Tensor, ...]:
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Positions that are reduced at a time; or a head in two parts and the slopes of several chunks, as on a GPU."""
     here = SIZES["cpu"]
-    of_gpu = replace(here, chunk=1, positions=2, columns=10, tile=2**62, together=2)
+    of_gpu = replace(here, chunk=1, positions=2, tile=2**62, together=2)
     monkeypatch.setitem(SIZES, "cpu", replace(here, tile=request.param * V) if request.param else of_gpu)
+    monkeypatch.setitem(COLUMNS, "cpu", 1 if request.param else 10)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids=named)
@@ -212,7 +214,7 @@ def test_nothing_is_differentiated_without_grad(monkeypatch: pytest.MonkeyPatch)
     def refuse(*_: object) -> None:
         raise AssertionError("a backward product under no_grad")
 
-    monkeypatch.setattr(projection, "_add_product", refuse)
+    monkeypatch.setattr(projection, "add_product", refuse)
     with torch.no_grad():
         loss, sums = case.chunked(MiniLLM())
     assert not loss.requires_grad

@@ -54,6 +54,15 @@ class Part(NamedTuple):
         return cls(name, model.weight_bytes(dtype, parallel), estimated=model.stored == 0)
 
 
+class Room(NamedTuple):
+    """Memory of a cluster."""
+
+    of: str
+    """What has it: GPU, or node."""
+    largest: int
+    together: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
     """What each of some workers holds on its device."""
@@ -64,10 +73,17 @@ class Worker:
     parts: tuple[Part, ...]
     remedy: str
     """What makes it smaller."""
+    offloaded: tuple[Part, ...] = ()
+    """What it holds in its node's memory though it is on a GPU."""
 
-    def bytes(self, *, certain: bool = False) -> int:
-        """Of all parts, or of those that are no estimates."""
-        return sum(part.bytes for part in self.parts if not (certain and part.estimated))
+    def bytes(self) -> int:
+        """Of all parts on its device."""
+        return sum(part.bytes for part in self.parts)
+
+    def certain(self, room: Room) -> dict[str, int]:
+        """Bytes of the parts that are no estimates and lie in such memory."""
+        on_device, others = (room.of == "GPU") == (self.gpus > 0), self.offloaded if room.of == "node" else ()
+        return {part.name: part.bytes for part in (self.parts if on_device else others) if not part.estimated}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,22 +94,22 @@ class Plan:
     notes: tuple[str, ...]
     """What travels, what is stored and how long it takes, a sentence each."""
 
-    def refusal(self, gpu_bytes: int, gpus: float) -> str:
-        """Why a run cannot be on so many GPUs of so much memory each, as far as that is certain; else nothing."""
-        on_gpus = [worker for worker in self.workers if worker.gpus]
-        for worker in on_gpus:
-            if (needed := worker.bytes(certain=True)) > gpu_bytes:
-                largest = max((part for part in worker.parts if not part.estimated), key=lambda part: part.bytes)
+    def refusal(self, room: Room) -> str:
+        """Why a run cannot be where there is so much memory, as far as that is certain; else nothing."""
+        held = [(worker, parts) for worker in self.workers if (parts := worker.certain(room))]
+        for worker, parts in held:
+            if (needed := sum(parts.values())) > room.largest:
+                largest = max(parts, key=parts.__getitem__)
                 return (
-                    f"a {worker.role} needs {decimal(needed)} on its GPU, {decimal(largest.bytes)} of it for {largest.name}, "
-                    f"and the largest GPU of the cluster has {decimal(gpu_bytes)}; {worker.remedy}"
+                    f"a {worker.role} needs {decimal(needed)} on its {room.of}, {decimal(parts[largest])} of it for {largest}, "
+                    f"and the largest {room.of} of the cluster has {decimal(room.largest)}; {worker.remedy}"
                 )
-        needed = {f"{worker.count} x {worker.role}": worker.count * worker.bytes(certain=True) for worker in on_gpus}
-        if (together := sum(needed.values())) > gpus * gpu_bytes:
-            each = ", ".join(f"{who} {decimal(share)}" for who, share in needed.items())
+        shares = {f"{worker.count} x {worker.role}": worker.count * sum(parts.values()) for worker, parts in held}
+        if (together := sum(shares.values())) > room.together:
+            each = ", ".join(f"{who} {decimal(share)}" for who, share in shares.items())
             return (
-                f"the workers need {decimal(together)} of GPU memory together ({each}), the cluster's {gpus:g} GPUs have "
-                f"{decimal(int(gpus * gpu_bytes))}; use more GPUs, smaller models, learner.offload_optimiser or learner.lora.rank"
+                f"the workers need {decimal(together)} of {room.of} memory together ({each}), the cluster has "
+                f"{decimal(room.together)}; use more {room.of}s or smaller models, or {held[0][0].remedy}"
             )
         return ""
 
@@ -157,8 +173,10 @@ def _learner(experiment: Experiment, student: Size, teacher: Size | None, vocab_
         Part("activations", number * longest * layers, estimated=True),
         Part("distributions", OF_A_LOGIT * min(min(config.chunk, longest) * vocab_size, SIZES["cuda"].chunk), estimated=True),
     ]
-    remedy = "use more learner.ranks with learner.zero_stage 3, learner.offload_optimiser, or learner.lora.rank"
-    return _worker("learner rank", config.ranks, config.gpus, parts, remedy)
+    aside = (Part("AdamW", 12 * student.learned // config.ranks),) if offloaded else ()
+    offload = ", learner.offload_optimiser" * bool(config.gpus and not offloaded)
+    remedy = f"use more learner.ranks with learner.zero_stage 3{offload}, or learner.lora.rank"
+    return replace(_worker("learner rank", config.ranks, config.gpus, parts, remedy), offloaded=aside)
 
 
 def _on_their_way(config: LearnerConfig, student: Size) -> int:

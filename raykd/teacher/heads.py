@@ -11,8 +11,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from raykd.head import Head
 from raykd.pretrained import find_body
-from raykd.projection import Head
 from raykd.student import logit_scale_and_softcap, verify_head
 
 SMALL = {"num_hidden_layers": 1, "vocab_size": 64, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 0}

@@ -9,9 +9,9 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from raykd.experiment import TeacherConfig
 from raykd.fused import fuse
+from raykd.head import Head
 from raykd.packing import can_pack, packed, padded
 from raykd.pretrained import load_model
-from raykd.projection import Head
 from raykd.records import Rollout
 from raykd.student import verify_head
 from raykd.teacher.heads import head_of

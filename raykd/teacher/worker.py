@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from raykd.algorithms.base import Needs
 from raykd.experiment import TeacherConfig
+from raykd.head import Head
 from raykd.payloads import Probe, Top, chosen_payload, payload_bytes
-from raykd.projection import Head, teacher_probe, teacher_top
+from raykd.projection import teacher_probe, teacher_top
 from raykd.records import Rollout, Scores
 from raykd.teacher.states import PrefillStates, States
 
