@@ -62,9 +62,9 @@ class Rollout:
     temperature: float = 1.0
     """The student sampled from softmax(logits / temperature); ``student_logprobs`` are at 1 in any case."""
     student_logprobs: tuple[float, ...] | None = None
-    """log q(y_t | x, y_<t) of the student version that wrote or accompanied the response; [T]."""
+    """log q(y_t | x, y_<t) of the student version that wrote the token or read it; [T]."""
     version: int = 0
-    """Policy version of the student."""
+    """Policy version of the student; the oldest of those that wrote it in flight."""
     finished: bool = True
     """False when the length limit cut the response: a cut response is not an ended one."""
 

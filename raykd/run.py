@@ -196,11 +196,11 @@ def _check_listens(address: str) -> None:
 
 
 def refuse_too_large(experiment: Experiment, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
-    """Raises ValueError for a worker that no GPU or no node of the cluster can hold, or workers that all of them cannot; on GPUs
-    where Ray says of what types they are."""
+    """Raises ValueError for a worker that no GPU or no node of the cluster can hold, or workers that all of them cannot, as far
+    as Ray says what types of GPUs there are and how much memory was free on the nodes when it was started."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     free = [int(resources.get("memory", 0) + resources.get("object_store_memory", 0)) for resources in nodes]
-    rooms = [Room("node", max(free), sum(free))]
+    rooms = [Room("node", max(free), sum(free))] if all(free) else []
     types = [name.partition(":")[2] for resources in nodes for name in resources if name.startswith("accelerator_type:")]
     if largest := gpu_bytes(types):
         rooms.append(Room("GPU", largest, int(largest * sum(resources.get("GPU", 0.0) for resources in nodes))))

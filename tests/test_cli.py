@@ -54,6 +54,13 @@ def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
     return " ".join((captured.out + captured.err).split())
 
 
+def join_a_cluster_of(resources: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one node with these resources, as Ray names them."""
+    monkeypatch.setattr("raykd.run.connect", lambda experiment: None)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": resources}, {"Alive": False, "Resources": {}}])
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
+
+
 def write(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -153,8 +160,7 @@ def test_a_key_that_weights_and_biases_refuses_is_named_before_any_actor_starts(
 ):
     monkeypatch.setenv("WANDB_API_KEY", "short")
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setattr("raykd.run.connect", lambda experiment: None)
-    monkeypatch.setattr("raykd.run.idle_gpus", lambda experiment: "")
+    join_a_cluster_of({"memory": 1e9, "object_store_memory": 1e9}, monkeypatch)
     monkeypatch.setattr("raykd.run.start_workers", lambda *_: pytest.fail("actors start"))
     monkeypatch.setattr("sys.argv", ["experiment.py"])
     with pytest.raises(SystemExit) as stopped:
@@ -166,8 +172,7 @@ def test_a_key_that_weights_and_biases_refuses_is_named_before_any_actor_starts(
 def test_an_interrupted_run_says_what_is_left_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("raykd.run.connect", lambda experiment: None)
-    monkeypatch.setattr("raykd.run.idle_gpus", lambda experiment: "")
+    join_a_cluster_of({"memory": 1e9, "object_store_memory": 1e9}, monkeypatch)
     monkeypatch.setattr("raykd.run.start_workers", lambda *_: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr("sys.argv", ["experiment.py"])
     with pytest.raises(SystemExit) as stopped:
@@ -301,18 +306,19 @@ def test_a_plan_is_printed_and_nothing_starts(
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_learner_that_no_gpu_can_hold_is_refused_before_any_actor_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("device", "gpus", "gigabytes"), [("GPU", "1", "25.8"), ("node", "0", "60.0")])
+def test_a_learner_that_no_gpu_or_no_node_can_hold_is_refused_before_any_actor_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: str, gpus: str, gigabytes: str
 ):
     wide = LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 4, "num_attention_heads": 64}
     base = experiment(tmp_path / "runs")
     large = base.model_copy(update={"student": Model(path=base.student.path, scratch=wide)})
-    monkeypatch.setattr("raykd.run.connect", lambda experiment: None)
     monkeypatch.setattr("raykd.run.start_workers", lambda *_: pytest.fail("actors start"))
-    nodes = [{"Alive": True, "Resources": {"GPU": 8.0, "accelerator_type:L4": 1.0}}, {"Alive": True, "Resources": {"CPU": 8.0}}]
-    monkeypatch.setattr("ray.nodes", lambda: nodes)
-    said = complaint(capsys, monkeypatch, large, "--learner.gpus", "1", "--learner.dtype", "bfloat16")
-    assert "a learner rank needs 70.2 GB" in said and "the largest GPU of the cluster has 25.8 GB" in said
+    resources = {"GPU": 8.0, "accelerator_type:L4": 1.0, "memory": 4e10, "object_store_memory": 2e10}
+    join_a_cluster_of(resources, monkeypatch)
+    said = complaint(capsys, monkeypatch, large, "--learner.gpus", gpus, "--learner.dtype", "bfloat16")
+    assert f"a learner rank needs 70.2 GB on its {device}" in said
+    assert f"the largest {device} of the cluster has {gigabytes} GB" in said
     assert not (tmp_path / "runs").exists()
 
 

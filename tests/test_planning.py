@@ -244,8 +244,9 @@ def test_what_travels_has_the_fewest_bytes() -> None:
 @pytest.mark.parametrize(("device", "gpus"), [("GPU", 1), ("node", 0)])
 def test_what_no_gpu_and_no_node_can_hold_is_refused_with_what_would_help(device: str, gpus: int) -> None:
     of = planned(LearnerConfig(gpus=gpus))
-    needed, plenty = certain(worker(of, "learner rank")), 10**9
-    assert not of.refusal(Room(device, needed, plenty))
+    needed, plenty = certain(worker(of, "learner rank")), 10**12
+    largest = max(certain(one) for one in of.workers if bool(one.gpus) == bool(gpus))
+    assert not of.refusal(Room(device, largest, plenty))
     refusal = of.refusal(Room(device, needed - 1, plenty))
     assert f"on its {device}" in refusal and "for AdamW" in refusal and "learner.zero_stage 3" in refusal
     assert ("offload_optimiser" in refusal) == (gpus > 0)
@@ -263,7 +264,8 @@ def test_what_all_of_them_cannot_hold_together_is_refused(device: str, gpus: flo
 
 
 def test_what_is_offloaded_lies_on_the_node() -> None:
-    of = planned(LearnerConfig(gpus=1, ranks=2, offload_optimiser=True), teachers=TeacherConfig(gpus=1))
+    others = {"teachers": TeacherConfig(gpus=1), "rollout": RolloutConfig(gpus=1)}
+    of = planned(LearnerConfig(gpus=1, ranks=2, offload_optimiser=True), **others)
     states = 12 * Size.of(config(llama())).learned
     refusal = of.refusal(Room("node", states // 2 - 1, 10**9))
     assert "a learner rank" in refusal and "for AdamW" in refusal

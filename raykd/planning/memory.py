@@ -107,9 +107,10 @@ class Plan:
         shares = {f"{worker.count} x {worker.role}": worker.count * sum(parts.values()) for worker, parts in held}
         if (together := sum(shares.values())) > room.together:
             each = ", ".join(f"{who} {decimal(share)}" for who, share in shares.items())
+            offload = ", learner.offload_optimiser" * (room.of == "GPU")
             return (
                 f"the workers need {decimal(together)} of {room.of} memory together ({each}), the cluster has "
-                f"{decimal(room.together)}; use more {room.of}s or smaller models, or {held[0][0].remedy}"
+                f"{decimal(room.together)}; use more {room.of}s, smaller models{offload}, or learner.lora.rank"
             )
         return ""
 
