@@ -45,9 +45,9 @@ class Stage(Value):
     GPUs, actors that work at the same time share the cores: give each its part of them as ``threads``."""
     in_flight: bool = False
     """The phases that are ahead are written at the same time, and new weights reach the responses that are being written: no
-    engine is idle for the sake of a phase's longest response. What a response's tokens are learned with are the log-probs of
-    their writers; its version is that of the oldest. Takes ``max_staleness`` of 1 or more. When an update comes depends on how
-    fast everyone is, so such a run does not repeat itself exactly."""
+    engine is idle for the sake of a phase's longest response. Each token keeps the log-prob of its own writer, a response the
+    version of its oldest. Takes ``max_staleness`` of 1 or more. When an update comes depends on how fast everyone is: such a run
+    does not repeat itself exactly."""
     replay: Replay | None = None
     """How long responses are kept for another use, in place of the algorithm's own bounds. ``samples_per_insert`` is then the
     number of passes over a phase's responses; without it, batches are drawn from all that are held."""
