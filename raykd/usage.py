@@ -14,7 +14,7 @@ LANES = {
     "rollout": ("generate", "load", "sleep"),
     "teacher": ("score",),
     "reward": ("rate",),
-    "learner": ("learn", "publish"),
+    "learner": ("learn", "publish", "evaluate", "save"),
 }
 """Who is busy with which verbs."""
 HELP = {

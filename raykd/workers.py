@@ -203,7 +203,8 @@ class Workers:
         return self._update
 
     def save(self, folder: Path) -> None:
-        self.learner.all("save", folder)
+        with self.usage.measured("save"):
+            self.learner.all("save", folder)
 
     def restore(self, folder: Path, version: int) -> None:
         """``version`` is the policy version that the weights count as from now on."""

@@ -173,6 +173,7 @@ def test_an_interrupted_run_says_what_is_left_of_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     join_a_cluster_of({"memory": 1e9, "object_store_memory": 1e9}, monkeypatch)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     monkeypatch.setattr("raykd.run.start_workers", lambda *_: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr("sys.argv", ["experiment.py"])
     with pytest.raises(SystemExit) as stopped:

@@ -125,6 +125,16 @@ def test_a_step_is_charged_with_its_own_time_whoever_works_ahead() -> None:
     assert shares(second) == {"rollout": 0.5, "teacher": 0.0, "learner": 0.5}
 
 
+@pytest.mark.parametrize("verb", ["learn", "publish", "evaluate", "save"])
+def test_a_learner_that_works_does_not_wait(verb: str) -> None:
+    now = [0.0]
+    usage = Usage(("learner",), clock=lambda: now[0])
+    with usage.measured(verb):
+        now[0] = 2.0
+    now[0] = 3.0
+    assert usage.take() == {f"seconds/{verb}": 2.0, "waiting/learner": 1.0}
+
+
 def test_what_runs_for_two_phases_at_the_same_time_is_counted_once() -> None:
     now = [0.0]
     usage = Usage(("rollout",), clock=lambda: now[0])

@@ -99,7 +99,7 @@ def test_engines_of_both_nodes_load_what_a_learner_has_on_one(cluster: Cluster, 
     for version in (1, 2):
         update: Any = ray.get(learner.publish.remote(version, []), timeout=DEADLINE_S)
         assert update.remote and within_reach(update, nodes) is update
-        assert fleet.broadcast("load", {"update": update}) == [version] * 2
+        assert fleet.broadcast("load", {"update": update, "in_flight": False}) == [version] * 2
     requests = [GenerationRequest(prompt_id="a", sample=0, prompt_tokens=(1, 2, 3), salt=0)]
     call = {"requests": requests, "teacher_share": 0.0, "max_tokens": 20, "teachers": []}
     (far,), (near,) = fleet.broadcast("generate", call)

@@ -143,8 +143,8 @@ class Writer:
         """As ``RolloutActor.ping``: on the learner's node."""
         return ""
 
-    def load(self, update: WeightUpdate) -> int:
-        """Take over published weights."""
+    def load(self, update: WeightUpdate, in_flight: bool) -> int:
+        """Take over published weights; nothing is being written meanwhile, in flight or not."""
         for bucket in update.buckets:
             verify(bucket)
             self._student.load_state_dict(dict(unpack(bucket)), strict=False)

@@ -182,6 +182,8 @@ VERBS = {
     "rate": "the reward rates them",
     "learn": "optimiser steps",
     "publish": "giving out the new weights",
+    "evaluate": "the learner's part of held-out measures",
+    "save": "the learner's part of a checkpoint",
     "load": "taking in the new weights",
     "sleep": "giving GPU memory back",
     "wait": "the learner waits for responses",

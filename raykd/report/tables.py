@@ -55,7 +55,9 @@ def time_table(run: RunLog) -> Table:
     }
     if rest > 0:
         rows["everything else"] = [number(rest), _share(rest, wall), NOTHING]
-    notes = {verb: VERBS.get(verb, "") for verb in rows} | {"everything else": "held-out measures, checkpoints"}
+    notes = {verb: VERBS.get(verb, "") for verb in rows} | {
+        "everything else": "what is left of held-out measures and checkpoints"
+    }
     return Table(f"{run.name}: {duration(wall)}", ["seconds", "of the time", "tokens per second"], rows, notes)
 
 
