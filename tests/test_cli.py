@@ -307,9 +307,11 @@ def test_a_plan_is_printed_and_nothing_starts(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize(("device", "gpus", "gigabytes"), [("GPU", "1", "25.8"), ("node", "0", "60.0")])
+@pytest.mark.parametrize(
+    ("device", "gpus", "offers"), [("GPU", "1", "has 25.8 GB"), ("node", "0", "had, free when Ray was started, 60.0 GB")]
+)
 def test_a_learner_that_no_gpu_or_no_node_can_hold_is_refused_before_any_actor_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: str, gpus: str, gigabytes: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, device: str, gpus: str, offers: str
 ):
     wide = LLAMA | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 4, "num_attention_heads": 64}
     base = experiment(tmp_path / "runs")
@@ -319,7 +321,7 @@ def test_a_learner_that_no_gpu_or_no_node_can_hold_is_refused_before_any_actor_s
     join_a_cluster_of(resources, monkeypatch)
     said = complaint(capsys, monkeypatch, large, "--learner.gpus", gpus, "--learner.dtype", "bfloat16")
     assert f"a learner rank needs 70.2 GB on its {device}" in said
-    assert f"the largest {device} of the cluster has {gigabytes} GB" in said
+    assert f"the largest {device} of the cluster {offers}" in said
     assert not (tmp_path / "runs").exists()
 
 

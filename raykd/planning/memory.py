@@ -97,19 +97,20 @@ class Plan:
     def refusal(self, room: Room) -> str:
         """Why a run cannot be where there is so much memory, as far as that is certain; else nothing."""
         held = [(worker, parts) for worker in self.workers if (parts := worker.certain(room))]
+        offers = "has" if room.of == "GPU" else "had, free when Ray was started,"
         for worker, parts in held:
             if (needed := sum(parts.values())) > room.largest:
                 largest = max(parts, key=parts.__getitem__)
                 return (
                     f"a {worker.role} needs {decimal(needed)} on its {room.of}, {decimal(parts[largest])} of it for {largest}, "
-                    f"and the largest {room.of} of the cluster has {decimal(room.largest)}; {worker.remedy}"
+                    f"and the largest {room.of} of the cluster {offers} {decimal(room.largest)}; {worker.remedy}"
                 )
         shares = {f"{worker.count} x {worker.role}": worker.count * sum(parts.values()) for worker, parts in held}
         if (together := sum(shares.values())) > room.together:
             each = ", ".join(f"{who} {decimal(share)}" for who, share in shares.items())
             offload = ", learner.offload_optimiser" * (room.of == "GPU")
             return (
-                f"the workers need {decimal(together)} of {room.of} memory together ({each}), the cluster has "
+                f"the workers need {decimal(together)} of {room.of} memory together ({each}), the cluster {offers} "
                 f"{decimal(room.together)}; use more {room.of}s, smaller models{offload}, or learner.lora.rank"
             )
         return ""
