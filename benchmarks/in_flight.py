@@ -17,16 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 from folders import temporary
-from llamas import EOS
 from rich.console import Console
 from rich.table import Table
-from rollout import LENGTHS, PROMPT, start
+from rollout import LENGTHS, Prompts, draw_prompts, requests_for, start
 from stamp import stamp
 from transformers import AutoModelForCausalLM
 
-from raykd.rollout.requests import GenerationRequest
 from raykd.weights import Shelves, WeightUpdate
 
 AHEAD = {"one after another": 0, "1 ahead, in flight": 1, "2 ahead, in flight": 2}
@@ -39,7 +36,7 @@ class Publisher:
 
     def __init__(self, folder: Path, dtype: str) -> None:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
-        self._named = [(name, tensor) for name, tensor in model.named_parameters()]
+        self._named = list(model.named_parameters())
         self._shelves, self._version = Shelves(), 0
 
     def publish(self) -> WeightUpdate:
@@ -48,18 +45,16 @@ class Publisher:
         return self._shelves.publish(self._version, iter([self._named]), [tensor.nbytes for _, tensor in self._named])
 
 
-def measure(student: Any, teacher: Any, publisher: Publisher, prompts: list[tuple[int, ...]], share: float, ahead: int) -> float:
+def measure(student: Any, teacher: Any, publisher: Publisher, prompts: Prompts, share: float, ahead: int) -> float:
     """Tokens per second of phases that answer all ``prompts`` each; the last ones, beside which none is begun, count as well."""
-    under_way: deque[tuple[Any, WeightUpdate]] = deque()
+    under_way: deque[Any] = deque()
     started, written = time.perf_counter(), 0
     for phase in range(PHASES):
         if len(under_way) > ahead:
-            written += ray.get(under_way.popleft()[0])
-        update = publisher.publish()
-        ray.get(student.load.remote(update, in_flight=ahead > 0))
-        requests = [GenerationRequest(prompt_id=str(i), sample=0, prompt_tokens=p, salt=phase) for i, p in enumerate(prompts)]
-        under_way.append((student.mix.remote(requests, share, LENGTHS["uneven"][0], teacher), update))
-    written += sum(ray.get([tokens for tokens, _ in under_way]))
+            written += ray.get(under_way.popleft())
+        ray.get(student.load.remote(publisher.publish(), in_flight=ahead > 0))
+        under_way.append(student.mix.remote(requests_for(prompts, phase), share, LENGTHS["uneven"][0], teacher))
+    written += sum(ray.get([*under_way]))
     return written / (time.perf_counter() - started)
 
 
@@ -73,13 +68,12 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     ray.init("local", include_dashboard=False, log_to_driver=False)
     folder = temporary("in-flight")
-    student, teacher, _ = start(folder, options.dtype, "uneven")
+    student, teacher = start(folder, options.dtype, "uneven")
     publisher = Publisher(folder / "student", options.dtype)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     table = Table("batch", "teacher's share", *AHEAD, caption="tokens a second")
     for batch in options.batches:
-        generator = torch.Generator().manual_seed(batch)
-        prompts = [tuple(row) for row in torch.randint(0, EOS, (batch, PROMPT), generator=generator).tolist()]
+        prompts = draw_prompts(batch)
         for share in options.shares:
             rates: dict[str, list[float]] = {way: [] for way in AHEAD}
             for repeat in range(REPEATS + 1):

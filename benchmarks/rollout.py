@@ -132,8 +132,14 @@ def by_inversion(law: torch.Tensor) -> torch.Tensor:
     return torch.searchsorted(up_to, torch.rand(len(law), 1) * up_to[:, -1:]).clamp(max=law.shape[-1] - 1)
 
 
-def start(folder: Path, dtype: str, lengths: str) -> tuple[Any, Any, Any]:
-    """Student, teacher and lockstep mixture, each in a process of its own."""
+def create(actor_class: type, *arguments: Any, threads: int = 1) -> Any:
+    """An actor that has so many threads of the CPU."""
+    env = {"env_vars": environment(threads, on_cpu=True)}
+    return ray.remote(actor_class).options(num_cpus=0, runtime_env=env).remote(*arguments)
+
+
+def start(folder: Path, dtype: str, lengths: str) -> tuple[Any, Any]:
+    """Student and teacher, each in a process of its own; their models are in ``folder``, by their names."""
     longest, ending = LENGTHS[lengths]
     for seed, name in enumerate(SHAPES):
         random_llama(name, seed, SHARPNESS, ending).save_pretrained(folder / name)
@@ -147,26 +153,30 @@ def start(folder: Path, dtype: str, lengths: str) -> tuple[Any, Any, Any]:
     )
     engine = EngineConfig(dtype=dtype)
 
-    def create(actor_class: type, *arguments: Any, threads: int = 1) -> Any:
-        env = {"env_vars": environment(threads, on_cpu=True)}
-        return ray.remote(actor_class).options(num_cpus=0, runtime_env=env).remote(*arguments)
-
     student = create(Student, RolloutConfig(engine=engine), facts)
     teacher = create(Teacher, TeacherConfig(dtype=dtype, engine=engine), facts, True)
-    lockstep = create(Lockstep, facts.student, facts.teacher, dtype, threads=2)
     ray.get([student.ping.remote(), teacher.ping.remote()])
-    return student, teacher, lockstep
+    return student, teacher
+
+
+def draw_prompts(batch: int) -> list[tuple[int, ...]]:
+    """The same ones for a size."""
+    generator = torch.Generator().manual_seed(batch)
+    return [tuple(row) for row in torch.randint(0, EOS, (batch, PROMPT), generator=generator).tolist()]
+
+
+def requests_for(prompts: Prompts, salt: int) -> list[GenerationRequest]:
+    """One a prompt."""
+    return [GenerationRequest(prompt_id=str(i), sample=0, prompt_tokens=p, salt=salt) for i, p in enumerate(prompts)]
 
 
 def measure(actors: tuple[Any, Any, Any], batch: int, longest: int, repeats: int) -> dict[str, float]:
     """Tokens per second of each way to write ``batch`` responses."""
     student, teacher, lockstep = actors
-    generator = torch.Generator().manual_seed(batch)
-    prompts = [tuple(row) for row in torch.randint(0, EOS, (batch, PROMPT), generator=generator).tolist()]
+    prompts = draw_prompts(batch)
 
     def generate(share: float, repeat: int) -> Any:
-        requests = [GenerationRequest(prompt_id=str(i), sample=0, prompt_tokens=p, salt=repeat) for i, p in enumerate(prompts)]
-        return student.mix.remote(requests, share, longest, teacher)
+        return student.mix.remote(requests_for(prompts, repeat), share, longest, teacher)
 
     ways: dict[str, Callable[[int], Any]] = {
         "student": lambda repeat: generate(0.0, repeat),
@@ -198,14 +208,16 @@ def main() -> None:
         parser.error("batches and repeats must be at least 1")
     RESULTS.parent.mkdir(exist_ok=True)
     ray.init("local", include_dashboard=False, log_to_driver=False)
-    actors = start(temporary("rollout"), options.dtype, options.lengths)
+    folder = temporary("rollout")
+    student, teacher = start(folder, options.dtype, options.lengths)
+    lockstep = create(Lockstep, str(folder / "student"), str(folder / "teacher"), options.dtype, threads=2)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     ratios = ("teacher", "lockstep", "inverted")
     table = Table(
         "batch", "student", "teacher", "mixed", "drafted", "lockstep", "inverted", *(f"mixed / {way}" for way in ratios)
     )
     for batch in options.batches:
-        rates = measure(actors, batch, LENGTHS[options.lengths][0], options.repeats)
+        rates = measure((student, teacher, lockstep), batch, LENGTHS[options.lengths][0], options.repeats)
         row = {"measured": stamp(), "repeats": options.repeats, "tokens_per_second": rates}
         results[f"{options.dtype} {batch} {options.lengths}"] = row
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")

@@ -43,12 +43,12 @@ class Head:
         if self.packed is not None:
             return self.packed.product(hidden)
         if self.tail is None:
-            return wide_product(hidden, self.weight.T)
+            return _product(hidden, self.weight.T)
         size, whole = len(self.weight), self._whole
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         product = hidden.new_empty(len(hidden), whole + len(self.tail), dtype=dtype)
-        wide_product(hidden, self.weight[:whole].T, product[:, :whole])
-        wide_product(hidden, self.tail.T, product[:, whole:])
+        _product(hidden, self.weight[:whole].T, product[:, :whole])
+        _product(hidden, self.tail.T, product[:, whole:])
         return product[:, :size]
 
     def pull_back(self, slope: Tensor, out: Tensor) -> None:
@@ -105,7 +105,7 @@ class Head:
         return replace(head, weight=weight, tail=pad(weight[-rest:], (0, 0, 0, columns - rest)) if rest else None)
 
 
-def wide_product(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
+def _product(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
     """first @ second, in at least float32."""
     if first.is_cuda and first.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(first, second, out_dtype=torch.float32, out=out)

@@ -257,9 +257,11 @@ def test_what_no_gpu_and_no_node_can_hold_is_refused_with_what_would_help(device
 def test_what_all_of_them_cannot_hold_together_is_refused(device: str, gpus: float) -> None:
     of = planned(LearnerConfig(gpus=gpus), teachers=TeacherConfig(gpus=gpus / 2, replicas=2))
     learner, teacher = (certain(worker(of, role)) for role in ("learner rank", "teacher"))
-    together = sum(one.count * certain(one) for one in of.workers if bool(one.gpus) == bool(gpus))
+    there = [one for one in of.workers if bool(one.gpus) == bool(gpus)]
+    together, largest = sum(one.count * certain(one) for one in there), max(certain(one) for one in there)
+    assert (together > learner + 2 * teacher) == (device == "node"), "the engine that writes has no GPU"
     assert together >= learner + 2 * teacher
-    assert not of.refusal(Room(device, together, together))
+    assert not of.refusal(Room(device, largest, together))
     assert "1 x learner rank" in of.refusal(Room(device, together, together - 1)), "each alone would fit"
 
 

@@ -105,7 +105,7 @@ def test_it_sleeps_once_what_was_asked_before_is_answered_and_a_request_wakes_it
 def test_new_weights_wake_it_and_the_end_of_a_session_does_not(engine: Recorder, thread: EngineThread):
     done(thread.sleep(), thread.end_session("gone"), thread.sleep())
     assert engine.calls == SLEEP, "sleeping twice is sleeping once"
-    done(thread.exclusive(lambda vllm: engine.calls.append("load"), fatal=True))
+    done(thread.update(lambda vllm: engine.calls.append("load"), in_flight=False))
     assert engine.calls == [*SLEEP, "wake", "load"]
 
 

@@ -82,8 +82,8 @@ class Worker:
 
     def certain(self, room: Room) -> dict[str, int]:
         """Bytes of the parts that are no estimates and lie in such memory."""
-        on_device, others = (room.of == "GPU") == (self.gpus > 0), self.offloaded if room.of == "node" else ()
-        return {part.name: part.bytes for part in (self.parts if on_device else others) if not part.estimated}
+        on_gpu, on_node = (self.parts, self.offloaded) if self.gpus else ((), self.parts)
+        return {part.name: part.bytes for part in (on_gpu if room.of == "GPU" else on_node) if not part.estimated}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from raykd.engine import STEPPING
-from raykd.rollout.sessions import Piece, Scores, Sessions, Written
+from raykd.rollout.sessions import Piece, Scores, Sessions, Written, prompt_of
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
@@ -66,12 +66,12 @@ class EngineThread:
         """Forget a resident text."""
         return self._put(_Call(lambda _: self._drop(name), fatal=False, exclusive=False, wakes=False))
 
-    def exclusive(self, function: "Callable[[LLMEngine], Any]", *, fatal: bool = False) -> Future[Any]:
+    def exclusive(self, function: "Callable[[LLMEngine], Any]") -> Future[Any]:
         """Run a function once the requests queued before it are answered and before those queued after it begin.
 
-        No text is resident then. ``fatal``: an error in it leaves the engine unusable.
+        No text is resident then.
         """
-        return self._put(_Call(function, fatal))
+        return self._put(_Call(function, fatal=False))
 
     def update(self, function: "Callable[[LLMEngine], Any]", *, in_flight: bool) -> Future[Any]:
         """Run a function that replaces the weights: ``exclusive``, or between two steps of the requests that are running.
@@ -188,9 +188,8 @@ class EngineThread:
                 name = self._sessions.resume(request.session, request.text, request.pieces, self._salt)
             else:
                 self._num_requests += 1
-                prompt: Any = {"type": "token", "prompt_token_ids": request.text, "cache_salt": self._salt}
                 name = str(self._num_requests)
-                engine.add_request(name, prompt, request.pieces[0][1])
+                engine.add_request(name, prompt_of(request.text, self._salt), request.pieces[0][1])
         except (ValueError, VLLMClientError) as error:  # this request is at fault, not the engine
             if request.session is not None:
                 self._sessions.end(request.session)

@@ -65,6 +65,11 @@ class _Session:
     """Positions that the last piece scores in the place of pieces of their own."""
 
 
+def prompt_of(tokens: list[int], salt: str) -> Any:
+    """What vLLM reads; prompts of different ``salt`` share no keys and values in its prefix cache."""
+    return {"type": "token", "prompt_token_ids": tokens, "cache_salt": salt}
+
+
 class Sessions:
     """The resident texts of one engine, by the names their callers gave them. Lives in the engine's thread.
 
@@ -84,10 +89,8 @@ class Sessions:
         return name in self._at_rest
 
     def resume(self, name: str, text: list[int], pieces: Sequence[Piece], salt: str) -> str:
-        """Queue the pieces of a text, the first of which reads what is new; returns vLLM's name of the request.
-
-        ``salt``: texts read under another share nothing with this one.
-        """
+        """Queue the pieces of a text, the first of which reads what is new; ``salt`` as for ``prompt_of``. Returns vLLM's name of
+        the request."""
         session = self._sessions.get(name)
         if session is not None and len(session.read) < pieces[0][0] and session.read == text[: len(session.read)]:
             del self._at_rest[name]
@@ -163,9 +166,8 @@ class Sessions:
 
     def _queue(self, request_id: str, tokens: list[int], params: "SamplingParams", salt: str) -> None:
         engine = self._engine
-        prompt: Any = {"type": "token", "prompt_token_ids": tokens, "cache_salt": salt}
         tasks = engine.get_supported_tasks()
-        request = engine.input_processor.process_inputs(request_id, prompt, params, tasks, resumable=True)
+        request = engine.input_processor.process_inputs(request_id, prompt_of(tokens, salt), params, tasks, resumable=True)
         request.external_req_id = request_id
         # Both sides extend their list of the text; between processes they would be copies.
         for_output = copy(request)
