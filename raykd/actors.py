@@ -13,7 +13,7 @@ from typing import Any
 import ray
 import torch
 from ray.actor import ActorHandle
-from ray.exceptions import ActorDiedError, ActorUnavailableError
+from ray.exceptions import ActorDiedError, ActorUnavailableError, ObjectLostError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raykd.algorithms.base import Needs
@@ -295,6 +295,12 @@ class LearnerActor:
     def tune(self, optimiser: Optimiser) -> None:
         self._learner.tune(optimiser)
 
+    def lost(self, blocks: list[ray.ObjectRef]) -> list[ray.ObjectRef]:
+        """Which of these blocks of scores no machine has any more; the others are on this node now."""
+        if blocks:  # fetched at the same time
+            ray.wait(blocks, num_returns=len(blocks))
+        return [block for block in blocks if not _is_there(block)]
+
     def step(self, terms: Sequence[Any], learning_rate: float) -> dict[str, float]:
         return self._learner.step(terms, learning_rate)
 
@@ -313,3 +319,11 @@ class LearnerActor:
 
     def save_student(self, folder: Path) -> None:
         self._learner.save_student(folder)
+
+
+def _is_there(block: ray.ObjectRef) -> bool:
+    try:
+        ray.get(block)
+    except ObjectLostError:
+        return False
+    return True

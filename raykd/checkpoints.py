@@ -8,6 +8,7 @@ import json
 import math
 import pickle
 import shutil
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ class Checkpoint:
 
     folder: Path
     position: Position
-    streams: dict[str, Any]
+    data: dict[str, Any]
     """Where prompts and text stood."""
 
     @property
@@ -43,7 +44,7 @@ def save_checkpoint(
     partial.mkdir(parents=True)
     workers.save(partial / "learner")
     (partial / "replay.pkl").write_bytes(pickle.dumps(workers.call_replay("state")))
-    streams = {"prompts": prompts or data.prompts.state(), "text": data.text.state() if data.text else None}
+    streams = data.state() | ({"prompts": prompts} if prompts else {})
     (partial / "driver.json").write_text(json.dumps({"position": asdict(at), "streams": streams}), encoding="utf-8")
     shutil.rmtree(final, ignore_errors=True)
     partial.rename(final)
@@ -51,13 +52,12 @@ def save_checkpoint(
     forget_bests(run, at)
 
 
-def newest_checkpoint(run: Path) -> Checkpoint:
-    """The newest complete one of a run; ValueError where there is none."""
-    folders = _checkpoints(run)
-    if not folders:
-        raise ValueError(f"run {run} has no complete checkpoint; start it afresh without --resume")
+def newest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest complete one of a run, if there is one."""
+    if not (folders := _checkpoints(run)):
+        return None
     state = json.loads((folders[-1] / "driver.json").read_text(encoding="utf-8"))
-    return Checkpoint(folder=folders[-1], position=Position(**state["position"]), streams=state["streams"])
+    return Checkpoint(folder=folders[-1], position=Position(**state["position"]), data=state["streams"])
 
 
 def what_is_left(run: Path) -> str:
@@ -67,18 +67,11 @@ def what_is_left(run: Path) -> str:
     return f"stopped; --resume {run} goes on after step {_step(folders[-1])}"
 
 
-def restore_data(data: Data, checkpoint: Checkpoint) -> None:
-    """Prompts and text go on where a checkpoint left them; ValueError where they are not the same."""
-    data.prompts.restore(checkpoint.streams["prompts"])
-    if data.text is not None:
-        data.text.restore(checkpoint.streams["text"])
-
-
 def restore_workers(workers: Workers, checkpoint: Checkpoint) -> Position:
     """Learner and replay buffer go on where a checkpoint left them; returns the run's position there."""
     workers.restore(checkpoint.folder / "learner", checkpoint.position.total)
     workers.call_replay("restore", pickle.loads((checkpoint.folder / "replay.pkl").read_bytes()))
-    return checkpoint.position
+    return deepcopy(checkpoint.position)  # it moves on
 
 
 def forget_checkpoints(run: Path, kept: int | None) -> None:

@@ -4,7 +4,7 @@ import argparse
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -20,12 +20,15 @@ from raykd.tracking import say
 KEEP_BRANCHES = (tyro.conf.AvoidSubcommands,)
 """Which algorithm a stage runs is written in the file; options change its fields."""
 
+AUTO = Path("auto")
+"""In place of a run directory: whichever there is."""
 ALSO = """
 
 Also: --resume RUN goes on with a run directory from its newest checkpoint, with the experiment that is written there and any
-options; --scale NAME takes another size of the same run, where the file has some; --plan prints what the run takes, in memory,
-traffic and storage, and with the name of a GPU (--plan H100) about how long, and stops; --show prints the experiment as JSON
-and stops."""
+options, --resume auto with the newest of this name that has one, else it begins a new run: a command that may be repeated until
+the run is over; --scale NAME takes another size of the same run, where the file has some; --plan prints what the run takes, in
+memory, traffic and storage, and with the name of a GPU (--plan H100) about how long, and stops; --show prints the experiment as
+JSON and stops."""
 
 
 def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] | None = None) -> None:
@@ -37,18 +40,20 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
     console = Console()
     options, rest = _options(sorted(scales or {})).parse_known_args()
     with exit_codes(console):
-        if options.resume is not None:
-            if options.scale is not None:
+        resume = options.resume
+        if options.scale is not None:
+            if resume not in (None, AUTO):
                 raise ValueError(f"--scale {options.scale} is for new runs: one that goes on has the size that it began with")
+            experiment = (scales or {})[options.scale]()
+        if resume == AUTO:
+            from raykd.run_directory import newest_run
+
+            resume = newest_run(_with_options(experiment, rest))
+        if resume is not None:
             from raykd.run_directory import load_experiment
 
-            experiment = load_experiment(options.resume)
-        elif options.scale is not None:
-            experiment = (scales or {})[options.scale]()
-        about = (sys.modules["__main__"].__doc__ or "") + ALSO
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="tyro")  # that the kinds of a reward have fields of the same names
-            experiment = tyro.cli(Experiment, default=experiment, args=rest, description=about, config=KEEP_BRANCHES)
+            experiment = load_experiment(resume)
+        experiment = _with_options(experiment, rest)
         if options.show:
             console.print_json(experiment.model_dump_json())
             return
@@ -57,8 +62,15 @@ def main(experiment: Experiment, scales: Mapping[str, Callable[[], Experiment]] 
             return
         from raykd.run import run
 
-        result = run(experiment, resume=options.resume, console=console)
+        result = run(experiment, resume=resume, console=console)
         say(console, f"student: {result.student}")
+
+
+def _with_options(experiment: Experiment, options: Sequence[str]) -> Experiment:
+    about = (sys.modules["__main__"].__doc__ or "") + ALSO
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="tyro")  # that the kinds of a reward have fields of the same names
+        return tyro.cli(Experiment, default=experiment, args=options, description=about, config=KEEP_BRANCHES)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 rollouts, teachers   N replicas, each its own   a dead one is restarted, the others do its work; RLlib's actor manager knows
                                                 who is healthy
-learner              N ranks, one gang          a dead rank ends the run, which resumes from its checkpoint
+learner              N ranks, one gang          a dead rank is the end of all workers: new ones go on from the newest checkpoint
 """
 
 import logging
@@ -19,19 +19,24 @@ from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from ray.rllib.utils.actor_manager import FaultTolerantActorManager
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from torch.distributed import DistError
 
-RESTARTS = 3
-"""How often a replica may die and come back in one run."""
 LOG = logging.getLogger(__name__)
 START_DEADLINE_S = 1800.0
 """Longest wait for GPUs, and for actors to load their models."""
 NOTICE_S = 10
 """A longer wait for GPUs is told."""
+NEWS_S = 90.0
+"""Longest wait for the news of a death, where something has failed that may be its consequence."""
 
 HEAP = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=0x2000000:glibc.malloc.trim_threshold=0x40000000"
 """On CPU, tensors live in the C library's heap. By itself it gives what is freed back to the system, which hands it out again
 page by page: an eighth of a learner's step in bfloat16. So it keeps up to 1 GiB, in pages of 2 MB where the kernel has them;
 tensors of more than 32 MiB go back as before."""
+
+
+class ActorLost(RuntimeError):
+    """An actor is gone that nobody replaces, a learner rank or the replay buffer; what it held is in the newest checkpoint."""
 
 
 class Fleet:
@@ -128,20 +133,24 @@ class Fleet:
                 raise RuntimeError(
                     f"{self.name} fleet: no node had room to restart a replica within {START_DEADLINE_S:g} s; add one"
                 )
-            raise RuntimeError(f"{self.name} fleet: no replica is alive after {RESTARTS} restarts each; their logs say why")
+            raise RuntimeError(f"{self.name} fleet: no replica is alive any more, see restarts; their logs say why")
         return replicas
 
 
 class LearnerGang:
-    """The DeepSpeed ranks. They move together: one dead rank ends the run, which then resumes from its checkpoint."""
+    """The DeepSpeed ranks. They move together: with one rank the work of all is lost."""
 
     def __init__(self, ranks: Sequence[ActorHandle], deadline_s: float) -> None:
         self.ranks, self.deadline_s = list(ranks), deadline_s
 
     def each(self, method: str, *arguments: Sequence[Any]) -> list[Any]:
-        """``method(*[a[rank] for a in arguments])`` on every rank; results by rank."""
+        """``method(*[a[rank] for a in arguments])`` on every rank; results by rank. Raises ActorLost where one has died, does
+        not answer or does not reach the others."""
         calls = [getattr(actor, method).remote(*(a[rank] for a in arguments)) for rank, actor in enumerate(self.ranks)]
-        return get(calls, self.deadline_s, f"learner {method}")
+        try:
+            return get(calls, self.deadline_s, f"learner {method}")
+        except (TimeoutError, DistError) as failure:
+            raise ActorLost(f"learner {method}: {last_line(failure)}") from failure
 
     def all(self, method: str, *arguments: Any) -> list[Any]:
         """``method(*arguments)`` on every rank."""
@@ -207,6 +216,28 @@ def vllm_needs_gpu() -> bool:
     return any(distributions(name="vllm"))
 
 
+def last_line(failure: BaseException) -> str:
+    """What went wrong, without where it did in another process."""
+    return str(failure).strip().rpartition("\n")[2]
+
+
+def any_dead(actors: Sequence[Any]) -> bool:
+    """Whether one of them has died, once Ray knows: nothing new is placed on a machine that is gone. Others may be busy."""
+    deadline = time.monotonic() + NEWS_S
+    answers = {actor.__ray_ready__.remote(): actor for actor in actors}
+    while answers and (left := deadline - time.monotonic()) > 0:
+        for answer in ray.wait([*answers], timeout=left)[0]:
+            actor = answers.pop(answer)
+            try:
+                ray.get(answer)
+            except ActorUnavailableError:  # dead or out of reach
+                time.sleep(1.0)
+                answers[actor.__ray_ready__.remote()] = actor
+            except RayActorError:
+                return True
+    return False
+
+
 def get(references: Any, deadline_s: float, what: str) -> Any:
     """``ray.get`` with a deadline, and errors that speak of the work instead of the machinery."""
     try:
@@ -216,4 +247,4 @@ def get(references: Any, deadline_s: float, what: str) -> Any:
     except RayTaskError as error:
         raise error.as_instanceof_cause() from None
     except RayActorError as error:
-        raise RuntimeError(f"{what}: the actor died: {error}") from error
+        raise ActorLost(f"{what}: the actor died: {error}") from error

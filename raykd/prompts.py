@@ -8,7 +8,7 @@ Data         -> everything that a run learns from and is measured on
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar, overload
+from typing import Any, Generic, TypeVar, overload
 
 import numpy as np
 
@@ -66,6 +66,16 @@ class Data:
     """How many ids student and teacher share; no text has another."""
     left_out: str = ""
     """A sentence on the rows that nothing is learned from, if there are any."""
+
+    def state(self) -> dict[str, Any]:
+        """Where prompts and text stand."""
+        return {"prompts": self.prompts.state(), "text": self.text.state() if self.text else None}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state``; ValueError where it is not of the same rows."""
+        self.prompts.restore(state["prompts"])
+        if self.text is not None:
+            self.text.restore(state["text"])
 
 
 class PromptStream(Generic[Item]):

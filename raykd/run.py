@@ -14,8 +14,10 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from raykd.checkpoints import newest_checkpoint, restore_data, restore_workers, what_is_left
+from raykd.actors import ModelFacts
+from raykd.checkpoints import Checkpoint, newest_checkpoint, restore_workers, what_is_left
 from raykd.experiment import Experiment, FunctionReward
+from raykd.fleet import ActorLost, last_line
 from raykd.models import check_models, ends, model_facts, vocabulary
 from raykd.phases import Position
 from raykd.planning import Room, gpu_bytes, plan
@@ -30,6 +32,7 @@ from raykd.tracking import Tracker, say
 from raykd.train import train
 from raykd.usage import advice
 from raykd.validation import measure
+from raykd.workers import Workers
 
 REACH_S = 30.0
 """Longest wait for somebody to answer at the address of a cluster."""
@@ -54,13 +57,15 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
     checkpoint = newest_checkpoint(resume.expanduser().resolve()) if resume else None
     if checkpoint:
         refuse_changes(experiment, checkpoint)
+    elif resume:
+        raise ValueError(f"run {resume} has no complete checkpoint; start it afresh without --resume")
     disable_progress_bar()  # of loading and writing weights; the run has its own
     tokenizer = check_models(experiment)
     if isinstance(experiment.reward, FunctionReward):
         load_function(experiment.reward.name)
     data = prepare(experiment, tokenizer)
     if checkpoint:
-        restore_data(data, checkpoint)
+        data.restore(checkpoint.data)
     if data.left_out:
         say(console, data.left_out)
     connect(experiment)
@@ -75,18 +80,57 @@ def run(experiment: Experiment, resume: Path | None = None, console: Console | N
     tracker = Tracker(folder, config, name=folder.name, wandb=tracking.wandb, project=tracking.project, console=console)
     with _tells_what_is_left(console, folder), closing(tracker):
         workers = start_workers(experiment, facts)
-        with closing(workers), tracker:
-            at = restore_workers(workers, checkpoint) if checkpoint else Position()
-            if checkpoint:  # what a checkpoint refuses does not stay in the run directory
-                describe(experiment, folder)
-            before = {} if checkpoint else measure(experiment, workers, data, tracker, at)
-            after = train(experiment, workers, data, tracker, folder, at) or before
+        with tracker:
+            before, after = _train(experiment, facts, workers, data, tracker, folder, checkpoint)
             stages = experiment.stages
             say(console, advice(folder, max(s.max_staleness for s in stages), any(s.in_flight for s in stages)))
-            workers.save_student(folder / "student")
             tokenizer.save_pretrained(folder / "student")
     say(console, f"report: {write_report([folder])}")
     return Result(folder=folder, student=folder / "student", before=before, after=after)
+
+
+def _train(
+    experiment: Experiment,
+    facts: ModelFacts,
+    first: Workers,
+    data: Data,
+    tracker: Tracker,
+    folder: Path,
+    checkpoint: Checkpoint | None,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """From the checkpoint, or from the beginning, to the student's folder; returns the held-out numbers before and after.
+    Where a learner rank is lost, other workers than the ``first`` go on from the newest checkpoint."""
+    workers: Workers | None = first
+    begun, before, losses = data.state(), {}, 0
+    while True:
+        try:
+            with closing(workers or start_workers(experiment, facts)) as workers, _tells_loss(workers):
+                at = restore_workers(workers, checkpoint) if checkpoint else Position()
+                if checkpoint:  # what a checkpoint refuses does not stay in the run directory
+                    describe(experiment, folder)
+                before = before if checkpoint else measure(experiment, workers, data, tracker, at)
+                after = train(experiment, workers, data, tracker, folder, at)
+                workers.save_student(folder / "student")
+                return before, after
+        except ActorLost as loss:
+            workers, last, checkpoint = None, checkpoint, newest_checkpoint(folder)
+            losses = losses + 1 if checkpoint == last else 1
+            if losses > experiment.restarts:
+                raise
+            data.restore(checkpoint.data if checkpoint else begun)
+            goes_on = f"go on after step {checkpoint.position.total}" if checkpoint else "begin again"
+            say(tracker.console, f"{loss}\nnew workers {goes_on}")
+
+
+@contextmanager
+def _tells_loss(workers: Workers) -> Iterator[None]:
+    """Raises ActorLost for whatever has failed where an actor has died that nobody replaces: it may be a consequence."""
+    try:
+        yield
+    except Exception as failure:
+        if workers.lost() and not isinstance(failure, ActorLost):
+            raise ActorLost(f"the learner has died: {last_line(failure)}") from failure
+        raise
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from raykd.checkpoints import Checkpoint
+from raykd.checkpoints import Checkpoint, newest_checkpoint
 from raykd.experiment import Experiment
 from raykd.provenance import revision, versions
 from raykd.rank import settings
@@ -24,6 +24,17 @@ def new_folder(experiment: Experiment) -> Path:
         describe(experiment, folder)
         return folder
     raise ValueError(f"runs {root} holds 9999 runs named {experiment.name}; choose another name")
+
+
+def newest_run(experiment: Experiment) -> Path | None:
+    """The run directory of this name that began last, of those that have a checkpoint."""
+    root = experiment.runs.expanduser().resolve()
+    numbered = {1: root / experiment.name}
+    for folder in root.glob(f"{experiment.name}-*"):
+        number = folder.name.removeprefix(f"{experiment.name}-")
+        if number.isdecimal():
+            numbered[int(number)] = folder
+    return next((folder for _, folder in sorted(numbered.items(), reverse=True) if newest_checkpoint(folder)), None)
 
 
 def describe(experiment: Experiment, folder: Path) -> None:

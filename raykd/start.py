@@ -8,7 +8,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raykd.actors import LearnerActor, ModelFacts, RewardActor, RolloutActor, TeacherActor
 from raykd.experiment import Experiment
-from raykd.fleet import RESTARTS, START_DEADLINE_S, Fleet, LearnerGang, Placement, get
+from raykd.fleet import START_DEADLINE_S, Fleet, LearnerGang, Placement, get
 from raykd.replay import ReplayBuffer
 from raykd.usage import Usage
 from raykd.workers import Workers
@@ -17,6 +17,7 @@ from raykd.workers import Workers
 def start_workers(experiment: Experiment, facts: ModelFacts) -> Workers:
     """Returns once engines and ranks have loaded their models: every start-up error surfaces here, with its reason."""
     rollout, teachers, learner, reward = experiment.rollout, experiment.teachers, experiment.learner, experiment.reward
+    restarts = experiment.restarts
     placement = Placement(
         [learner.gpus] * learner.ranks + [teachers.gpus] * experiment.num_teachers + [rollout.gpus] * experiment.num_rollouts,
         crowded=experiment.threads() > ray.cluster_resources().get("CPU", 0),
@@ -25,12 +26,12 @@ def start_workers(experiment: Experiment, facts: ModelFacts) -> Workers:
     ranks = [create(LearnerActor, learner, facts, r, gpus=learner.gpus, threads=learner.threads) for r in range(learner.ranks)]
     scores: Any = {"gpus": teachers.gpus, "threads": teachers.threads, "starts_vllm": experiment.teacher_starts_vllm}
     scorers = [
-        create(TeacherActor, teachers, facts, experiment.teacher_writes, restarts=RESTARTS, **scores)
+        create(TeacherActor, teachers, facts, experiment.teacher_writes, restarts=restarts, **scores)
         for _ in range(experiment.num_teachers)
     ]
     writes: Any = {"gpus": rollout.gpus, "threads": rollout.engine.threads, "starts_vllm": True}
-    writers = [create(RolloutActor, rollout, facts, restarts=RESTARTS, **writes) for _ in range(experiment.num_rollouts)]
-    raters = [create(RewardActor, reward, facts, gpus=0, threads=1, restarts=RESTARTS)] if reward else []
+    writers = [create(RolloutActor, rollout, facts, restarts=restarts, **writes) for _ in range(experiment.num_rollouts)]
+    raters = [create(RewardActor, reward, facts, gpus=0, threads=1, restarts=restarts)] if reward else []
     scoring = Fleet("teacher", scorers, teachers.engine.deadline_s) if scorers else None
     writing = Fleet("rollout", writers, rollout.engine.deadline_s) if writers else None
     sleeping = (writing, rollout.sleep), (scoring, teachers.sleep and experiment.teacher_writes)

@@ -1,25 +1,30 @@
 """All workers of a run behind the verbs of the loop: generate, score, step, evaluate, publish. Closes them."""
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any
 from weakref import WeakSet, ref
 
 import ray
+from ray import ObjectRef
 
 from raykd.actors import within_reach
 from raykd.algorithms.base import Algorithm, Needs
 from raykd.collate import LossTerm, deal
 from raykd.experiment import Optimiser
-from raykd.fleet import Fleet, LearnerGang, Placement, get
+from raykd.fleet import Fleet, LearnerGang, Placement, any_dead, get
 from raykd.mismatch import over_recorded
 from raykd.records import Prompt, Rollout, Row, Totals
 from raykd.rollout.requests import GenerationRequest
 from raykd.usage import Usage
 from raykd.weights import WeightUpdate
+
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,7 +177,7 @@ class Workers:
         """One optimiser step on the sum of the terms; metrics are means over the whole step."""
         with self.usage.measured("learn") as measured:
             measured.tokens = sum(len(row.rollout.tokens) for term in terms for row in term.rows)
-            shares = self.learner.each("step", self._deal(terms), [learning_rate] * len(self.learner.ranks))
+            shares = self.learner.each("step", self._deal_whole(terms), [learning_rate] * len(self.learner.ranks))
         self._learner_version += 1
         metrics = _sum(shares)
         if squared := metrics.get("importance_weight_squared"):
@@ -182,7 +187,7 @@ class Workers:
     def evaluate(self, terms: Sequence[Term]) -> dict[str, float]:
         """The terms' losses and metrics without learning."""
         with self.usage.measured("evaluate"):
-            return _sum(self.learner.each("evaluate", self._deal(terms)))
+            return _sum(self.learner.each("evaluate", self._deal_whole(terms)))
 
     def begin(self, optimiser: Optimiser) -> None:
         """A fresh optimiser for a new stage."""
@@ -217,6 +222,10 @@ class Workers:
     def call_replay(self, method: str, *arguments: Any) -> Any:
         """A verb of the replay buffer."""
         return get(getattr(self.replay, method).remote(*arguments), self.learner.deadline_s, f"replay {method}")
+
+    def lost(self) -> bool:
+        """Whether a learner rank or the replay buffer has died."""
+        return any_dead([*self.learner.ranks, self.replay])
 
     def close(self) -> None:
         """Give every actor back."""
@@ -256,6 +265,26 @@ class Workers:
         if set(versions) != {update.version}:
             raise RuntimeError(f"rollout replicas hold policy versions {versions} after version {update.version} was published")
 
+    def _deal_whole(self, terms: Sequence[Term]) -> list[list[LossTerm]]:
+        """As ``_deal``. Scores that have gone down with a machine are computed again: in the replay buffer, too."""
+        while True:
+            dealt = self._deal(terms)
+            blocks = [_blocks(row for term in share for row in term.rows) for share in dealt]
+            lost = set(chain(*self.learner.each("lost", blocks))) if any(blocks) else set()
+            if not lost:
+                return dealt
+            LOG.warning("a machine has died with scores on it: they are computed again")
+            terms = [replace(term, rows=self._scored_again(term.rows, lost, term.algorithm)) for term in terms]
+            held = self.call_replay("rows")
+            if lost & {*_blocks(held)}:
+                self.call_replay("rescore", self._scored_again(held, lost, terms[0].algorithm))
+
+    def _scored_again(self, rows: Sequence[Row], lost: Collection[ObjectRef], algorithm: Algorithm) -> list[Row]:
+        """The rows with new scores where they were in lost blocks."""
+        gone = [row.rollout for row in rows if row.scores in lost]
+        again = iter(self.score(gone, algorithm.needs, algorithm.top_k) if gone else [])
+        return [replace(next(again), reward=row.reward) if row.scores in lost else row for row in rows]
+
     def _deal(self, terms: Sequence[Term]) -> list[list[LossTerm]]:
         """For each rank its terms; denominators stay those of the whole step."""
         per_rank: list[list[LossTerm]] = [[] for _ in self.learner.ranks]
@@ -269,6 +298,11 @@ class Workers:
 def unscored(rollouts: Sequence[Rollout]) -> list[Row]:
     """Rows for algorithms that need nothing of the teacher."""
     return [Row(rollout=rollout) for rollout in rollouts]
+
+
+def _blocks(rows: Iterable[Row]) -> list[ObjectRef]:
+    """The blocks that hold the rows' scores."""
+    return [*{row.scores for row in rows if isinstance(row.scores, ObjectRef)}]
 
 
 def _requests(prompts: Sequence[Prompt], samples: int, salt: int, temperature: float) -> list[GenerationRequest]:

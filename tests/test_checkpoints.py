@@ -67,4 +67,4 @@ def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:
     forget_checkpoints(tmp_path, 2)
     assert names() == ["step-10", "step-9"]
     newest = newest_checkpoint(tmp_path)
-    assert newest.position.total == 10 and newest.run == tmp_path
+    assert newest and newest.position.total == 10 and newest.run == tmp_path

@@ -15,6 +15,7 @@ from raykd.actors import ModelFacts
 from raykd.algorithms import GKD, KD, SFT
 from raykd.experiment import EvaluationConfig, Experiment, LearnerConfig, Model, Stage
 from raykd.run import connect, idle_gpus, prepare
+from raykd.run_directory import describe, new_folder
 from raykd.sources import Conversations, Pairs
 
 LLAMA = {
@@ -330,3 +331,27 @@ def test_a_scale_replaces_the_experiment(tmp_path: Path, capsys: pytest.CaptureF
     tiny = experiment(tmp_path).model_copy(update={"name": "tiny", "stages": (Stage(algorithm=SFT(), steps=1),)})
     cli.main(experiment(tmp_path), scales={"tiny": lambda: tiny})
     assert Experiment.model_validate_json(capsys.readouterr().out) == tiny
+
+
+def test_resume_auto_takes_the_newest_run_of_its_name_that_has_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    base = experiment(tmp_path / "elsewhere")
+
+    def shown() -> Experiment:
+        options = ["--runs", str(tmp_path), "--scale", "tiny", "--resume", "auto", "--seed", "7", "--show"]
+        monkeypatch.setattr("sys.argv", ["experiment.py", *options])
+        cli.main(base, scales={"tiny": lambda: base.model_copy(update={"max_response": 15})})
+        return Experiment.model_validate_json(capsys.readouterr().out)
+
+    assert (shown().max_response, shown().seed) == (15, 7), "a new run, of the scale that is asked for"
+    for place, name in enumerate(["bad-input", "bad-input-2", "bad-input-10", "bad-input-11", "bad-input-more", "bad-inputs"]):
+        describe(
+            base.model_copy(update={"max_response": place + 1}),
+            new_folder(base.model_copy(update={"name": name, "runs": tmp_path})),
+        )
+        if name != "bad-input-11":  # which died before its first checkpoint
+            checkpoint = tmp_path / name / "checkpoints" / "step-000002"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "driver.json").write_text('{"position": {"total": 2}, "streams": {}}')
+    assert (shown().max_response, shown().seed) == (3, 7), "that of bad-input-10, with the options applied"

@@ -148,7 +148,8 @@ def test_the_rayjob_runs_a_file_of_the_image_and_writes_to_the_volume(job: dict[
         if "persistentVolumeClaim" in volume
     }
     assert claims == {"storage": load("kuberay-volume.yaml")["metadata"]["name"]}
-    _, script, option, runs = job["spec"]["entrypoint"].split()
+    _, script, option, runs, *again = job["spec"]["entrypoint"].split()
     workdir = found(r"^WORKDIR (\S+)", CLUSTERS / "Dockerfile")
     assert (ROOT / Path(script).relative_to(workdir)).is_file()
     assert option == "--runs" and runs.startswith(mounts["storage"])
+    assert job["spec"]["backoffLimit"] and again == ["--resume", "auto"], "what is started again goes on"

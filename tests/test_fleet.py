@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import ray
 from ray.exceptions import RayActorError
+from torch.distributed import DistBackendError
 
 from raykd.algorithms import SFT
 from raykd.experiment import Experiment, Model, Stage
-from raykd.fleet import Fleet, environment
+from raykd.fleet import ActorLost, Fleet, LearnerGang, any_dead, environment
 from raykd.records import Prompt
 from raykd.run import connect
 from raykd.sources import Pairs
@@ -135,6 +136,44 @@ def test_what_a_replica_made_outlives_it(cluster: None, tmp_path: Path) -> None:
     (reader,) = replicas(1, tmp_path / "poison")
     for size, (block, _) in zip(sizes, made, strict=True):
         assert ray.get(reader.read.remote(block), timeout=60) == size * (size - 1) // 2
+
+
+def ranks(count: int) -> list[Any]:
+    """Actors that do what they are told."""
+
+    class Rank:
+        def act(self, what: str) -> str:
+            if what == "sleep":
+                time.sleep(60)
+            elif what == "die":
+                os._exit(1)
+            elif what != "work":
+                raise {"broken": DistBackendError, "wrong": ValueError}[what]("so it is")
+            return what
+
+    return [ray.remote(Rank).options(num_cpus=0).remote() for _ in range(count)]
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize(
+    ("does", "error", "says"),
+    [
+        ("die", ActorLost, "learner act: the actor died"),
+        ("sleep", ActorLost, "learner act did not finish within 5 s"),
+        ("broken", ActorLost, "learner act: .*so it is"),
+        ("wrong", ValueError, "so it is"),
+    ],
+)
+def test_a_rank_that_is_lost_is_told_from_one_that_refuses(cluster: None, does: str, error: type[Exception], says: str) -> None:
+    gang = LearnerGang(ranks(2), 60.0)
+    assert gang.all("act", "work") == ["work", "work"]
+    gang.deadline_s = 5.0
+    with pytest.raises(error, match=says) as failure:
+        gang.each("act", ["work", does])
+    assert isinstance(failure.value, ActorLost) == (error is ActorLost)
+    assert any_dead(gang.ranks[:1]) is False
+    if does != "sleep":
+        assert any_dead(gang.ranks) == (does == "die")
 
 
 def update(version: int) -> WeightUpdate:

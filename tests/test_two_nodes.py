@@ -1,4 +1,5 @@
-"""Weights on their way to replicas of other nodes, on a real Ray cluster of two: through NIXL, or Ray's object store."""
+"""Weights on their way to replicas of other nodes, on a real Ray cluster of two: through NIXL, or Ray's object store; and what is
+done about scores on a third one, which goes down."""
 
 import os
 from collections.abc import Iterator
@@ -14,12 +15,18 @@ from rollout_stack import chosen_logprobs, eos_of, folder, perturbed, reference
 from test_between_nodes import OVER_TCP
 
 from raykd import between_nodes
-from raykd.actors import LearnerActor, ModelFacts, RolloutActor, within_reach
-from raykd.experiment import EngineConfig, LearnerConfig, RolloutConfig
-from raykd.fleet import Fleet
+from raykd.actors import LearnerActor, ModelFacts, RolloutActor, TeacherActor, within_reach
+from raykd.algorithms import GKD
+from raykd.algorithms.token_divergences import ReverseKL
+from raykd.experiment import EngineConfig, LearnerConfig, RolloutConfig, TeacherConfig
+from raykd.fleet import Fleet, LearnerGang
+from raykd.records import Rollout, Row, Source
+from raykd.replay import ReplayBuffer
 from raykd.rollout.requests import GenerationRequest
 from raykd.start import choose_memory
+from raykd.usage import Usage
 from raykd.weights import Shelves, WeightUpdate, unpack, verify
+from raykd.workers import Term, Workers
 
 pytestmark = pytest.mark.stack
 
@@ -107,3 +114,43 @@ def test_engines_of_both_nodes_load_what_a_learner_has_on_one(cluster: Cluster, 
     for rollout in (far, near):
         assert (rollout.version, rollout.tokens) == (2, far.tokens)
         assert torch.allclose(torch.tensor(rollout.student_logprobs), expected, atol=1e-4)
+
+
+def test_scores_that_go_down_with_a_node_are_computed_again(cluster: Cluster, caplog: pytest.LogCaptureFixture):
+    """The learner's step waits for the news and for the new scores; the replay buffer's rows get theirs, too."""
+    doomed = cluster.add_node(num_cpus=1, resources={"doomed": 1})
+    teacher, algorithm = folder("teacher"), GKD(divergence=ReverseKL())
+    facts = ModelFacts(student=folder("qwen2"), teacher=teacher, vocab_size=512, eos_ids=eos_of(teacher), max_length=512, seed=0)
+    learner = on("first", LearnerActor, LearnerConfig(dtype="float32"), facts, 0)
+    teachers = [on(node, TeacherActor, TeacherConfig(dtype="float32"), facts, False) for node in ("doomed", "first")]
+    address = ray.get(learner.address.remote(), timeout=DEADLINE_S)
+    ray.get(learner.start.remote(address, ray.get(teachers[0].head.remote())), timeout=DEADLINE_S)
+    workers = Workers(
+        learner=LearnerGang([learner], DEADLINE_S),
+        replay=on("first", ReplayBuffer),
+        usage=Usage(["teacher", "learner"]),
+        teachers=Fleet("teacher", teachers, DEADLINE_S),
+    )
+    ids = torch.randint(3, 512, (8, 420), generator=torch.Generator().manual_seed(0)).tolist()
+    written = [
+        Rollout(prompt_id=str(n), sample=0, prompt_tokens=(1, n), tokens=tuple(text), source=Source.DATASET)
+        for n, text in enumerate(ids)
+    ]  # so long that Ray keeps their scores on the node where they were computed
+
+    def loss(rows: list[Row]) -> dict[str, float]:
+        return workers.evaluate([Term(algorithm=algorithm, rows=rows)])
+
+    expected = loss(workers.score(written, algorithm.needs))
+    rows = [replace(row, reward=float(n)) for n, row in enumerate(workers.score(written, algorithm.needs))]
+    assert len({row.scores for row in rows}) == 2
+    workers.call_replay("add", rows[4:])
+    cluster.remove_node(doomed, allow_graceful=False)
+    with caplog.at_level("WARNING"):
+        assert loss(rows) == pytest.approx(expected, rel=1e-6)
+    assert "scores" in caplog.text and expected["divergence"] > 0.1
+    caplog.clear()
+    held = workers.call_replay("sample", 4, 0)
+    assert sorted(row.reward for row in held) == [4, 5, 6, 7]
+    assert len({row.scores for row in held} - {row.scores for row in rows}) == 1, "half of them were on that node"
+    loss(held)
+    assert not caplog.text, "they are computed again once"

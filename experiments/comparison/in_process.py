@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from raykd.actors import ModelFacts
 from raykd.algorithms.base import Needs
-from raykd.checkpoints import newest_checkpoint, restore_data, restore_workers
+from raykd.checkpoints import newest_checkpoint, restore_workers
 from raykd.experiment import Experiment
 from raykd.learner import Learner
 from raykd.logprobs import gather, log_softmax, mixture_logprobs
@@ -47,9 +47,8 @@ def run_in_process(experiment: Experiment, console: Console, *, reads: bool = Fa
         assert data.text is not None, "an experiment that reads names its text"
         data = replace(data, prompts=data.text, text=None)
     folder = experiment.runs.absolute() / experiment.name
-    checkpoint = newest_checkpoint(folder) if any(folder.glob("checkpoints/step-*/driver.json")) else None
-    if checkpoint:
-        restore_data(data, checkpoint)
+    if checkpoint := newest_checkpoint(folder):
+        data.restore(checkpoint.data)
     else:
         shutil.rmtree(folder, ignore_errors=True)
         new_folder(experiment)

@@ -1,0 +1,127 @@
+"""Learner ranks that are killed in the middle of a run, on the real stack: the run ends as if they had lived."""
+
+import json
+import os
+import signal
+import threading
+import time
+from io import StringIO
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from example_text import text
+from rich.console import Console
+from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama
+
+from raykd.algorithms import GKD, SFT
+from raykd.algorithms.token_divergences import ReverseKL
+from raykd.experiment import (
+    EvaluationConfig,
+    Experiment,
+    LearnerConfig,
+    Model,
+    Optimiser,
+    RolloutConfig,
+    Stage,
+    TeacherConfig,
+    TrackingConfig,
+)
+from raykd.fleet import ActorLost
+from raykd.run import Result, run
+from raykd.sources import Pairs
+
+pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
+
+FAST = Optimiser(learning_rate=5e-3)
+ON_POLICY = Stage(algorithm=GKD(divergence=ReverseKL()), steps=8, batch_size=16, optimiser=FAST)
+ALONE = Stage(algorithm=SFT(), steps=400, batch_size=16, optimiser=FAST)
+"""Without a teacher, and without anybody who writes."""
+
+
+def experiment(folder: Path, runs: Path, name: str, **changes: Any) -> Experiment:
+    whole = Experiment(
+        name=name,
+        student=Model(path=str(folder), scratch=llama(32)),
+        data=Pairs(path=str(text().pairs)),
+        stages=(ALONE,),
+        max_prompt=MAX_PROMPT,
+        max_response=MAX_RESPONSE,
+        rollout=RolloutConfig(engine=ON_CPU),
+        teachers=TeacherConfig(dtype="float32", engine=ON_CPU),
+        learner=LearnerConfig(ranks=2, dtype="float32", micro_batch=8, zero_stage=2),
+        evaluation=EvaluationConfig(prompts=0),
+        tracking=TrackingConfig(wandb=False),
+        runs=runs,
+    )
+    return whole.model_copy(update=changes)
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    """Whole lines of steps so far; the last one may be in the making."""
+    path = folder / "metrics.jsonl"
+    complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
+    return [line for line in map(json.loads, complete.split("\n") if complete else []) if "loss" in line]
+
+
+class Killer(threading.Thread):
+    """Kills the last learner rank whenever the next of the given steps has been learned, once for each time it is listed."""
+
+    def __init__(self, folder: Path, steps: list[int]) -> None:
+        super().__init__(daemon=True)
+        self._folder, self._left = folder, steps
+        self.killed = 0
+
+    def run(self) -> None:
+        seen = 0
+        while self._left:
+            learned = [line["step"] for line in lines(self._folder)]
+            if self._left[0] in learned[seen:]:
+                seen = len(learned)
+                os.kill(self._rank(), signal.SIGKILL)
+                self.killed += 1
+                del self._left[0]
+            time.sleep(0.005)
+
+    @staticmethod
+    def _rank() -> int:
+        """Its process: Ray is a child of this one, and renames its own."""
+        return max(child.pid for child in psutil.Process().children(recursive=True) if "LearnerActor" in child.cmdline()[0])
+
+
+def killed_run(planned: Experiment, at: list[int]) -> tuple[Result, str]:
+    """A run in which the rank dies after each of these steps, and what it said."""
+    killer, said = Killer(planned.runs / planned.name, list(at)), StringIO()
+    killer.start()
+    result = run(planned, console=Console(file=said, width=500))
+    assert killer.killed == len(at)
+    return result, said.getvalue()
+
+
+def test_a_run_whose_learner_is_killed_ends_with_the_same_student(teacher: Path, tmp_path: Path) -> None:
+    """Before the first checkpoint and after it; responses are written, scored and learned from as if nothing had been."""
+    changes = {
+        "teacher": Model(path=str(teacher)),
+        "stages": (ON_POLICY,),
+        "evaluation": EvaluationConfig(prompts=8),
+        "checkpoint_every": 3,
+        "restarts": 1,
+    }
+    undisturbed = run(experiment(teacher, tmp_path, "undisturbed", **changes), console=Console(quiet=True))
+    result, said = killed_run(experiment(teacher, tmp_path, "killed", **changes), at=[1, 5])
+    assert "new workers begin again" in said and "new workers go on after step 3" in said
+    expected = {line["step"]: line["loss"] for line in lines(undisturbed.folder)}
+    steps = [line["step"] for line in lines(result.folder)]
+    assert [after for before, after in pairwise(steps) if after != before + 1] == [1, 4] and {*steps} == {*expected}
+    for line in lines(result.folder):
+        assert line["loss"] == pytest.approx(expected[line["step"]], abs=1e-6)
+    assert result.before == pytest.approx(undisturbed.before, abs=1e-5)
+    assert result.after == pytest.approx(undisturbed.after, abs=1e-5)
+
+
+def test_a_run_that_dies_before_its_next_checkpoint_again_and_again_ends(teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ActorLost, match="died"):
+        killed_run(experiment(teacher, tmp_path, "hopeless", restarts=1), at=[1, 1])
+    assert [line["step"] for line in lines(tmp_path / "hopeless")].count(1) == 2
