@@ -27,10 +27,11 @@ from torch import Tensor
 from raykd.between_nodes import Window
 from raykd.collate import Fetch, LossTerm, MicroBatch, collate, micro_batches
 from raykd.experiment import LearnerConfig, Optimiser
+from raykd.fragments import State, read, write
 from raykd.fused import fuse
 from raykd.gpu_sharing import gpu_uuid
 from raykd.head import Head
-from raykd.rank import SteadyAdamW, connect, deepspeed_config, settings, zero_stage
+from raykd.rank import SteadyAdamW, connect, deepspeed_config, zero_stage
 from raykd.records import Row
 from raykd.student import Student
 from raykd.weights import Shelves, WeightUpdate, grouped
@@ -178,17 +179,13 @@ class Learner:
         folder = Path(folder)
         before = (folder / LATEST).read_text() if (folder / LATEST).exists() else None
         tag = f"checkpoint-{int(before.rpartition('-')[2]) + 1 if before else 0}"
-        dist.barrier()
-        self._engine.save_checkpoint(
-            str(folder),
-            tag=tag,
-            client_state={"optimiser": self._optimiser.model_dump()},
-            save_latest=False,
-            exclude_frozen_parameters=True,  # the teacher's head, and what adapters are added to
-        )
+        (folder / tag).mkdir(parents=True, exist_ok=True)
+        state = self._learned()
+        write(folder / tag, self.rank, state.written())
         dist.barrier()
         if self.rank == 0:
-            (folder / tag / "learner.json").write_text(json.dumps(self._layout()))
+            described = self._described() | {"steps": state.steps, "optimiser": self._optimiser.model_dump(mode="json")}
+            (folder / tag / "learner.json").write_text(json.dumps(described))
             (folder / f"{LATEST}.partial").write_text(tag)
             os.replace(folder / f"{LATEST}.partial", folder / LATEST)
             if before:
@@ -196,18 +193,22 @@ class Learner:
         dist.barrier()
 
     def restore(self, folder: Path | str) -> None:
-        """Continue from the newest complete checkpoint of a folder; the ranks must be as many as wrote it."""
+        """Continue from the newest complete checkpoint of a folder, which any number of ranks has written, at any ZeRO stage."""
         folder = Path(folder)
         if not (folder / LATEST).exists():
             raise ValueError(f"{folder} holds no complete checkpoint: it has no file named {LATEST}")
         tag = (folder / LATEST).read_text()
-        written, own = json.loads((folder / tag / "learner.json").read_text()), self._layout()
-        if written.pop("parameters", "") != own.pop("parameters"):
+        written, own = json.loads((folder / tag / "learner.json").read_text()), self._described()
+        if written["parameters"] != own["parameters"]:
             raise ValueError(f"{folder / tag} is of another student: its parameters have other names or sizes; name the same one")
-        if written != own:
-            raise ValueError(f"{folder / tag} was written with {written}, this learner has {own}; use the same settings")
-        _, state = self._engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
-        self.tune(Optimiser(**state["optimiser"]))
+        if written["lora"] != own["lora"]:
+            raise ValueError(
+                f"{folder / tag} was written with lora {written['lora']}, this learner has {own['lora']}; use the same"
+            )
+        state = self._learned()
+        read(folder / tag, state.fragments())
+        state.restored(written["steps"])
+        self.tune(Optimiser(**written["optimiser"]))
 
     def save_student(self, folder: Path | str) -> None:
         """Write a plain Hugging Face folder (safetensors, configuration), whatever the ZeRO stage."""
@@ -284,11 +285,14 @@ class Learner:
                 f"rate, look at the data, or raise gradient_limit {self._optimiser.gradient_limit:g}"
             )
 
-    def _layout(self) -> dict[str, Any]:
+    def _learned(self) -> State:
+        return State(self._engine, {name: p for name, p in self._student.named_parameters() if p.requires_grad})
+
+    def _described(self) -> dict[str, Any]:
         """What must be equal where a checkpoint is written and where it is read."""
         shapes = {name: [*getattr(tensor, "ds_shape", tensor.shape)] for name, tensor in self._state.items()}
         digest = blake2b(json.dumps(shapes).encode(), digest_size=16).hexdigest()
-        return {"parameters": digest} | settings(self.config)
+        return {"parameters": digest, "lora": self.config.lora.model_dump(mode="json")}
 
     def _distinct(self) -> list[str]:
         """Names of parameters and buffers, of tied ones the first."""

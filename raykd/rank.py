@@ -24,12 +24,6 @@ def zero_stage(config: LearnerConfig) -> int:
     return max(config.zero_stage, 1) if config.dtype == "bfloat16" or config.offload_optimiser else config.zero_stage
 
 
-def settings(config: LearnerConfig) -> dict[str, Any]:
-    """Those that must be equal where a checkpoint is written and where it is read."""
-    lora = {"lora": config.lora.model_dump(mode="json")} if config.lora.rank else {}
-    return {"ranks": config.ranks, "zero_stage": zero_stage(config), "dtype": config.dtype} | lora
-
-
 class SteadyAdamW(torch.optim.AdamW):
     """AdamW that leaves weights and moments alone while ``skip`` is true: ZeRO knows the gradient's norm just before its step."""
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from raykd.checkpoints import Checkpoint, newest_checkpoint
 from raykd.experiment import Experiment
 from raykd.provenance import revision, versions
-from raykd.rank import settings
 from raykd.sources import Documents
 
 
@@ -44,12 +43,11 @@ def describe(experiment: Experiment, folder: Path) -> None:
 
 
 def refuse_changes(experiment: Experiment, checkpoint: Checkpoint) -> None:
-    """Raises ValueError where a run cannot go on with an experiment: what is over cannot change, and a checkpoint is of as many
-    ranks, in the same precision, as wrote it."""
+    """Raises ValueError where a run cannot go on with an experiment: what is over cannot change, and adapters stay what they
+    are."""
     described = load_experiment(checkpoint.run)
-    written, wanted = settings(described.learner), settings(experiment.learner)
-    if changed := {name: written.get(name) for name in {**written, **wanted} if written.get(name) != wanted.get(name)}:
-        raise ValueError(f"the checkpoints of run {checkpoint.run} are of a learner with {changed}; resume it with the same")
+    if (lora := described.learner.lora) != experiment.learner.lora:
+        raise ValueError(f"the checkpoints of run {checkpoint.run} are of a learner with lora {lora}; resume it with the same")
     over = described.stages[: checkpoint.position.stage]
     for index, (before, now) in enumerate(zip(over, experiment.stages, strict=False)):
         if before != now:

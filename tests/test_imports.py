@@ -27,7 +27,7 @@ ROWS = (
         "usage",
         "experiment",
     ),
-    ("collate", "rank", "lora", "mismatch", "student", "engine", "pretrained", "language_model"),
+    ("collate", "rank", "lora", "mismatch", "student", "engine", "pretrained", "language_model", "fragments"),
     ("rollout", "teacher", "reward", "learner"),
     ("actors", "fleet", "evaluation", "report"),
     ("workers", "start", "phases", "validation", "checkpoints", "train", "models", "planning", "run_directory"),

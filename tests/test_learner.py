@@ -35,6 +35,8 @@ LEARNING_RATES = (1e-3, 3e-3, 3e-3, 2e-3)
 ALGORITHMS: tuple[Algorithm, ...] = (SFT(), KD(), MiniLLM())
 ZeroStage = Literal[0, 1, 2, 3]
 STAGES: tuple[ZeroStage, ...] = (0, 1, 2, 3)
+OTHER_STAGES: tuple[tuple[int, ZeroStage], ...] = ((0, 3), (3, 1), (1, 2), (2, 0))
+"""Who writes a checkpoint, and who reads it."""
 
 
 def student_config(tied: bool) -> Any:
@@ -178,6 +180,9 @@ def run_rank(rank: int, ranks: int, port: int, folder: Path, results: Any) -> No
         for stage in STAGES:
             for tied in (False, True):
                 found[stage, tied] = train_case(rank, ranks, stage, tied, port, folder)
+        found["other stages"] = {
+            (written, read): other_stage_case(rank, ranks, written, read, port, folder) for written, read in OTHER_STAGES
+        }
         if ranks == 1:
             found["bfloat16"] = {
                 (stage, offload): bfloat16_case(stage, offload, port, folder) for stage in STAGES for offload in (False, True)
@@ -218,6 +223,7 @@ def train_case(rank: int, ranks: int, stage: ZeroStage, tied: bool, port: int, f
 
     learner.save(out / "checkpoints")
     learner.save(out / "checkpoints")
+    found["saved"] = published(learner)
 
     def again() -> list[float]:
         return [learner.step(terms_of(MiniLLM(), rows, step, rank, ranks), 1e-3)["loss"] for step in range(3)]
@@ -233,6 +239,18 @@ def train_case(rank: int, ranks: int, stage: ZeroStage, tied: bool, port: int, f
         found["fresh"] = again()
         learner.close()
     return found
+
+
+def other_stage_case(rank: int, ranks: int, written: int, read: ZeroStage, port: int, folder: Path) -> tuple[Any, list[float]]:
+    """A learner that goes on from what one of another ZeRO stage has written: its weights, and its next losses."""
+    head, rows = all_rows()
+    config = LearnerConfig(ranks=ranks, zero_stage=read, dtype="float32", micro_batch=2, offload_optimiser=read == 2)
+    learner = make_learner(rank, port, folder, config, True, head)
+    learner.restore(folder / f"{ranks}-{written}-True" / "checkpoints")
+    weights = published(learner)
+    losses = [learner.step(terms_of(MiniLLM(), rows, step, rank, ranks), 1e-3)["loss"] for step in range(3)]
+    learner.close()
+    return weights, losses
 
 
 def published(learner: Any) -> dict[str, Tensor]:
@@ -282,8 +300,18 @@ def bfloat16_case(stage: ZeroStage, offload: bool, port: int, folder: Path) -> d
     losses = [learner.step(terms_of(KD(), rows, step % 3, 0, 1), 1e-3)["loss"] for step in range(8)]
     skipped, before, after = nan_case(learner, rows, 0, 1)
     recovered = learner.step(terms_of(KD(), rows, 0, 0, 1), 1e-3)
+    found = {"losses": losses, "skipped": skipped, "before": before, "after": after, "recovered": recovered}
+    learner.save(folder / f"bfloat16-{stage}-{offload}")
+    found["saved"] = published(learner)
+    found["next"] = learner.step(terms_of(KD(), rows, 1, 0, 1), 1e-3)["loss"], published(learner)
     learner.close()
-    return {"losses": losses, "skipped": skipped, "before": before, "after": after, "recovered": recovered}
+    for name, changes in {"same": {}, "other": {"zero_stage": (stage + 2) % 4, "offload_optimiser": not offload}}.items():
+        learner = make_learner(0, port, folder, config.model_copy(update=changes), False, head)
+        learner.restore(folder / f"bfloat16-{stage}-{offload}")
+        restored = published(learner)
+        found[name] = restored, learner.step(terms_of(KD(), rows, 1, 0, 1), 1e-3)["loss"], published(learner)
+        learner.close()
+    return found
 
 
 def lonely_rank(rank: int, port: int, folder: Path, results: Any) -> None:
@@ -438,6 +466,36 @@ def test_restoring_continues_with_identical_losses(runs: dict[int, Any], stage: 
         assert found[stage, tied].get("fresh", found[stage, tied]["first"]) == found[stage, tied]["first"]
 
 
+@pytest.mark.stack
+@pytest.mark.parametrize(("written", "read"), OTHER_STAGES)
+def test_another_zero_stage_goes_on_with_the_same_weights_and_losses(runs: dict[int, Any], written: int, read: int) -> None:
+    weights, _ = runs[0]["other stages"][written, read]
+    saved = runs[0][written, True]["saved"]
+    assert weights.keys() == saved.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in saved.items())
+    expected = [found[written, True]["first"] for found in runs.values()]
+    losses = [found["other stages"][written, read][1] for found in runs.values()]
+    summed, expected = ([sum(ranks) for ranks in zip(*each, strict=True)] for each in (losses, expected))
+    assert summed == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.stack
+@pytest.mark.parametrize("offload", [False, True], ids=["", "offloaded"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_bfloat16_goes_on_from_its_float32_weights(runs: dict[int, Any], stage: int, offload: bool) -> None:
+    """At another ZeRO stage, with AdamW in other memory."""
+    if len(runs) > 1:
+        pytest.skip("runs with one rank")
+    found = runs[0]["bfloat16"][stage, offload]
+    expected, expected_weights = found["next"]
+    for layout in ("same", "other"):
+        restored, loss, weights = found[layout]
+        assert all(torch.equal(restored[name], tensor) for name, tensor in found["saved"].items())
+        assert loss == pytest.approx(expected, abs=1e-6)
+        differ = sum(int((weights[name] != tensor).sum()) for name, tensor in expected_weights.items())
+        assert differ <= {"same": 0, "other": sum(tensor.numel() for tensor in weights.values()) // 100}[layout], "but roundings"
+
+
 @each_case
 def test_a_row_that_is_not_a_number_changes_no_weight(runs: dict[int, Any], stage: int, tied: bool) -> None:
     found = runs[0][stage, tied]
@@ -512,8 +570,8 @@ def test_a_checkpoint_of_another_student_is_not_restored(tmp_path: Path, monkeyp
 
     (tmp_path / LATEST).write_text("checkpoint-1")
     (tmp_path / "checkpoint-1").mkdir()
-    (tmp_path / "checkpoint-1" / "learner.json").write_text(json.dumps({"parameters": "of two layers", "ranks": 1}))
-    monkeypatch.setattr(Learner, "_layout", lambda self: {"parameters": "of three layers", "ranks": 1})
+    (tmp_path / "checkpoint-1" / "learner.json").write_text(json.dumps({"parameters": "of two layers"}))
+    monkeypatch.setattr(Learner, "_described", lambda self: {"parameters": "of three layers"})
     with pytest.raises(ValueError, match="is of another student: its parameters have other names or sizes"):
         Learner.restore(object.__new__(Learner), tmp_path)
 

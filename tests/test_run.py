@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from raykd.experiment import (
     EvaluationConfig,
     Experiment,
     LearnerConfig,
+    LoRA,
     Model,
     Optimiser,
     RolloutConfig,
@@ -158,9 +160,11 @@ def test_a_resumed_run_takes_other_settings_and_keeps_them(teacher: Path, tmp_pa
     assert learned[3]["tokens/learn"] > 1.5 * learned[2]["tokens/learn"]
     assert max(learned[step]["waiting/learner"] for step in (1, 3)) < 2, "starting the workers is part of no step"
     assert load_experiment(folder) == patient
-    doubled = patient.model_copy(update={"learner": LearnerConfig(dtype="float32", ranks=2)})
-    with pytest.raises(ValueError, match=f"the checkpoints of run {folder} are of a learner with {{'ranks': 1}}; resume it with"):
-        run(doubled, resume=folder, console=console)
+    adapted = patient.model_copy(update={"learner": LearnerConfig(dtype="float32", lora=LoRA(rank=2))})
+    with pytest.raises(
+        ValueError, match=f"the checkpoints of run {folder} are of a learner with lora .*; resume it with the same"
+    ):
+        run(adapted, resume=folder, console=console)
     assert load_experiment(folder) == patient, "what was refused does not stay"
     again = patient.model_copy(update={"stages": first.stages})
     with pytest.raises(ValueError, match=f"stages.0 of run {folder} is over and cannot change any more"):
@@ -168,6 +172,34 @@ def test_a_resumed_run_takes_other_settings_and_keeps_them(teacher: Path, tmp_pa
     shorter = patient.model_copy(update={"data": Pairs(path=str(text().pairs), limit=20)})
     with pytest.raises(ValueError, match=r"the run learned from .* rows, now there are 20"):
         run(shorter, resume=folder, console=console)
+
+
+def test_a_run_goes_on_with_other_ranks_as_if_it_had_begun_with_them(teacher: Path, tmp_path: Path):
+    """One of them writes the checkpoint, two under ZeRO-3 go on, and one again."""
+    whole = experiment(teacher, tmp_path).model_copy(
+        update={
+            "teacher": None,
+            "stages": (Stage(algorithm=SFT(), steps=9, batch_size=16, optimiser=Optimiser(learning_rate=5e-3)),),
+            "learner": LearnerConfig(dtype="float32"),
+            "evaluation": EvaluationConfig(prompts=0),
+            "tracking": TrackingConfig(wandb=False),
+            "checkpoint_every": 3,
+            "checkpoints_kept": None,
+        }
+    )
+    console = Console(quiet=True)
+    result = run(whole, console=console)
+    expected = [line["loss"] for line in lines(result)]
+
+    def go_on_after(step: int, learner: LearnerConfig) -> None:
+        for folder in (result.folder / "checkpoints").iterdir():
+            if int(folder.name.removeprefix("step-")) > step:
+                shutil.rmtree(folder)
+        run(whole.model_copy(update={"learner": learner}), resume=result.folder, console=console)
+
+    go_on_after(3, LearnerConfig(dtype="float32", ranks=2, zero_stage=3))
+    go_on_after(6, LearnerConfig(dtype="float32", ranks=1, zero_stage=1))
+    assert [line["loss"] for line in lines(result)] == pytest.approx([*expected, *expected[3:], *expected[6:]], abs=1e-5)
 
 
 def test_a_stage_hands_on_its_best_weights(teacher: Path, tmp_path: Path):
