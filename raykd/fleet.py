@@ -26,7 +26,7 @@ START_DEADLINE_S = 1800.0
 """Longest wait for GPUs, and for actors to load their models."""
 NOTICE_S = 10
 """A longer wait for GPUs is told."""
-NEWS_S = 90.0
+NEWS_S = 60.0
 """Longest wait for the news of a death, where something has failed that may be its consequence."""
 
 HEAP = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=0x2000000:glibc.malloc.trim_threshold=0x40000000"

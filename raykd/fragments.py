@@ -64,12 +64,10 @@ class State:
                 yield Fragment(kind, name, start, whole.view(-1).narrow(0, offset, length))
 
     def written(self) -> list[Fragment]:
-        """What this rank writes: what all ranks hold is shared out among them."""
-        return [
-            fragment
-            for index, fragment in enumerate(self.fragments())
-            if self._stage or index // (1 + len(MOMENTS)) % self._ranks == self._rank
-        ]
+        """What this rank writes: parameters that all ranks hold whole are shared out among them."""
+        names = [*self._parameters]
+        own = {*(names if self._stage else names[self._rank :: self._ranks])}
+        return [fragment for fragment in self.fragments() if fragment.parameter in own]
 
     def restored(self, steps: int) -> None:
         """The fragments have new values, of after so many steps: the weights that the model computes with follow."""

@@ -179,7 +179,10 @@ class Learner:
         folder = Path(folder)
         before = (folder / LATEST).read_text() if (folder / LATEST).exists() else None
         tag = f"checkpoint-{int(before.rpartition('-')[2]) + 1 if before else 0}"
-        (folder / tag).mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            shutil.rmtree(folder / tag, ignore_errors=True)  # what a crash has left, perhaps of more ranks
+            (folder / tag).mkdir(parents=True)
+        dist.barrier()
         state = self._learned()
         write(folder / tag, self.rank, state.written())
         dist.barrier()
