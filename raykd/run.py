@@ -202,6 +202,7 @@ def connect(experiment: Experiment) -> None:
     """Join the cluster of this job or of RAY_ADDRESS, else start a local Ray; raises ValueError when it has too few GPUs."""
     if not ray.is_initialized():
         os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a job's own PYTHONPATH is part of ours
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # where one rank fails, nobody asks what became of the others
         address = os.environ.get("RAY_ADDRESS", "local")
         # Workers must import the same raykd as the driver, also when it was started by path and not installed.
         env = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}

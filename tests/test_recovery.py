@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -88,7 +89,11 @@ class Killer(threading.Thread):
     @staticmethod
     def _rank() -> int:
         """Its process: Ray is a child of this one, and renames its own."""
-        return max(child.pid for child in psutil.Process().children(recursive=True) if "LearnerActor" in child.cmdline()[0])
+        ranks = []
+        for child in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):  # it may be ending
+                ranks += [child.pid] if "LearnerActor" in "".join(child.cmdline()) else []
+        return max(ranks)
 
 
 def killed_run(planned: Experiment, at: list[int]) -> tuple[Result, str]:
