@@ -76,7 +76,6 @@ def dolly(name: str, *stages: Stage, student: str, teacher: str | None, layout: 
         max_response=256,
         stages=stages,
         evaluation=EvaluationConfig(prompts=1_000, every=measure_every),
-        checkpoint_every=500,
         seed=10,
         **layout._asdict(),
     )

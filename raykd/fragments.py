@@ -54,7 +54,7 @@ class State:
     @property
     def steps(self) -> int:
         """AdamW's steps since its moments were zero."""
-        return max((int(self._moments(flat)["step"]) for _, _, _, flat, _ in self._places()), default=0)
+        return max((int(state["step"]) for state in self._optimiser.state.values()), default=0)
 
     def fragments(self) -> Iterator[Fragment]:
         """All that this rank holds."""
@@ -71,8 +71,8 @@ class State:
 
     def restored(self, steps: int) -> None:
         """The fragments have new values, of after so many steps: the weights that the model computes with follow."""
-        for _, _, _, flat, _ in self._places():
-            self._moments(flat)["step"].fill_(steps)
+        for state in self._optimiser.state.values():
+            state["step"].fill_(steps)
         if self._stage in (1, 2):
             self._zero.update_lp_params()
         elif self._stage == 3:

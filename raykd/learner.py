@@ -295,8 +295,7 @@ class Learner:
         """What must be equal where a checkpoint is written and where it is read."""
         shapes = {name: [*getattr(tensor, "ds_shape", tensor.shape)] for name, tensor in self._state.items()}
         digest = blake2b(json.dumps(shapes).encode(), digest_size=16).hexdigest()
-        lora = self.config.lora.model_dump(mode="json") if self.config.lora.rank else None
-        return {"parameters": digest, "lora": lora}
+        return {"parameters": digest, "lora": self.config.lora.adapters}
 
     def _distinct(self) -> list[str]:
         """Names of parameters and buffers, of tied ones the first."""

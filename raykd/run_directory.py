@@ -46,8 +46,7 @@ def refuse_changes(experiment: Experiment, checkpoint: Checkpoint) -> None:
     """Raises ValueError where a run cannot go on with an experiment: what is over cannot change, and adapters stay what they
     are."""
     described = load_experiment(checkpoint.run)
-    written, wanted = described.learner.lora, experiment.learner.lora
-    if written != wanted and (written.rank or wanted.rank):
+    if (written := described.learner.lora.adapters) != experiment.learner.lora.adapters:
         raise ValueError(f"the checkpoints of run {checkpoint.run} are of a learner with lora {written}; resume it with the same")
     over = described.stages[: checkpoint.position.stage]
     for index, (before, now) in enumerate(zip(over, experiment.stages, strict=False)):

@@ -1,13 +1,14 @@
 """What the tests of whole runs share: a small teacher that has learned something, and settings for two cores."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from example_text import text, text_tokenizer
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from raykd.experiment import EngineConfig
+from raykd.experiment import EngineConfig, Experiment, LearnerConfig, Model, RolloutConfig, TeacherConfig, TrackingConfig
 from raykd.prompts import Prompts, PromptStream
 from raykd.sources import Pairs, read_rows
 from raykd.tokenise import tokenise
@@ -27,6 +28,22 @@ def llama(hidden: int) -> dict[str, object]:
         "max_position_embeddings": 128,
         "tie_word_embeddings": True,
     }
+
+
+def small_run(folder: Path, runs: Path, **settings: Any) -> Experiment:
+    """A run of a student from scratch with the tokenizer in ``folder``, on CPU in float32; what ``settings`` name is theirs."""
+    small = {
+        "student": Model(path=str(folder), scratch=llama(32)),
+        "data": Pairs(path=str(text().pairs)),
+        "max_prompt": MAX_PROMPT,
+        "max_response": MAX_RESPONSE,
+        "rollout": RolloutConfig(engine=ON_CPU),
+        "teachers": TeacherConfig(dtype="float32", engine=ON_CPU),
+        "learner": LearnerConfig(dtype="float32"),
+        "tracking": TrackingConfig(wandb=False),
+        "runs": runs,
+    }
+    return Experiment(**small | settings)
 
 
 def prompts() -> Prompts:

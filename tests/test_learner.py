@@ -225,20 +225,21 @@ def train_case(rank: int, ranks: int, stage: ZeroStage, tied: bool, port: int, f
     learner.save(out / "checkpoints")
     found["saved"] = published(learner)
 
-    def again() -> list[float]:
-        return [learner.step(terms_of(MiniLLM(), rows, step, rank, ranks), 1e-3)["loss"] for step in range(3)]
-
-    found["first"] = again()
+    found["first"] = next_losses(learner, rows, rank, ranks)
     learner.restore(out / "checkpoints")
     found["folders"] = sorted(path.name for path in (out / "checkpoints").glob("*") if path.is_dir())
-    found["second"] = again()
+    found["second"] = next_losses(learner, rows, rank, ranks)
     learner.close()
     if tied:
         learner = make_learner(rank, port, folder, config, tied, head)
         learner.restore(out / "checkpoints")
-        found["fresh"] = again()
+        found["fresh"] = next_losses(learner, rows, rank, ranks)
         learner.close()
     return found
+
+
+def next_losses(learner: Any, rows: dict[str, list[Row]], rank: int, ranks: int) -> list[float]:
+    return [learner.step(terms_of(MiniLLM(), rows, step, rank, ranks), 1e-3)["loss"] for step in range(3)]
 
 
 def other_stage_case(rank: int, ranks: int, written: int, read: ZeroStage, port: int, folder: Path) -> tuple[Any, list[float]]:
@@ -248,7 +249,7 @@ def other_stage_case(rank: int, ranks: int, written: int, read: ZeroStage, port:
     learner = make_learner(rank, port, folder, config, True, head)
     learner.restore(folder / f"{ranks}-{written}-True" / "checkpoints")
     weights = published(learner)
-    losses = [learner.step(terms_of(MiniLLM(), rows, step, rank, ranks), 1e-3)["loss"] for step in range(3)]
+    losses = next_losses(learner, rows, rank, ranks)
     learner.close()
     return weights, losses
 

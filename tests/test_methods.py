@@ -9,24 +9,13 @@ from pathlib import Path
 import pytest
 from example_text import text
 from rich.console import Console
-from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama
+from small_runs import small_run
 
 from raykd.algorithms import AKL, GKD, OPD, AdaptiveSchedule, DistiLLM, DistiLLM2, MiniLLM, SeqKD
 from raykd.algorithms.token_divergences import ReverseKL
-from raykd.experiment import (
-    EvaluationConfig,
-    Experiment,
-    FunctionReward,
-    LearnerConfig,
-    Model,
-    Optimiser,
-    RolloutConfig,
-    Stage,
-    TeacherConfig,
-    TrackingConfig,
-)
+from raykd.experiment import EvaluationConfig, Experiment, FunctionReward, Model, Optimiser, Stage
 from raykd.run import run
-from raykd.sources import Documents, Pairs
+from raykd.sources import Documents
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
@@ -86,24 +75,17 @@ def finished(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Finishe
     last = Stage(
         algorithm=DistiLLM(schedule=SCHEDULE), steps=DISTILLM_STEPS, batch_size=BATCH, optimiser=Optimiser(learning_rate=3e-3)
     )
-    experiment = Experiment(
+    experiment = small_run(
+        teacher,
+        tmp_path_factory.mktemp("runs"),
         name="methods",
         teacher=Model(path=str(teacher)),
-        student=Model(path=str(teacher), scratch=llama(32)),
-        data=Pairs(path=str(text().pairs)),
         text=Documents(path=str(text().texts)),
         text_length=48,
         stages=(*stages, ahead, in_flight, last),
         reward=FunctionReward(name=f"{reward}:rate"),
-        max_prompt=MAX_PROMPT,
-        max_response=MAX_RESPONSE,
-        rollout=RolloutConfig(engine=ON_CPU),
-        teachers=TeacherConfig(dtype="float32", engine=ON_CPU),
-        learner=LearnerConfig(dtype="float32"),
         evaluation=EvaluationConfig(prompts=8, every=2),
-        tracking=TrackingConfig(wandb=False),
         checkpoint_every=RESUME_AFTER,
-        runs=tmp_path_factory.mktemp("runs"),
     )
     folder = run(experiment, console=Console(quiet=True)).folder
     return Finished(folder, experiment, read(folder))

@@ -1,6 +1,5 @@
 """Learner ranks that are killed in the middle of a run, on the real stack: the run ends as if they had lived."""
 
-import json
 import os
 import signal
 import threading
@@ -13,26 +12,15 @@ from typing import Any
 
 import psutil
 import pytest
-from example_text import text
 from rich.console import Console
-from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama
+from small_runs import small_run
 
 from raykd.algorithms import GKD, SFT
 from raykd.algorithms.token_divergences import ReverseKL
-from raykd.experiment import (
-    EvaluationConfig,
-    Experiment,
-    LearnerConfig,
-    Model,
-    Optimiser,
-    RolloutConfig,
-    Stage,
-    TeacherConfig,
-    TrackingConfig,
-)
+from raykd.experiment import EvaluationConfig, Experiment, LearnerConfig, Model, Optimiser, Stage
 from raykd.fleet import ActorLost
 from raykd.run import Result, run
-from raykd.sources import Pairs
+from raykd.tracking import read_lines
 
 pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
@@ -42,29 +30,15 @@ ALONE = Stage(algorithm=SFT(), steps=400, batch_size=16, optimiser=FAST)
 """Without a teacher, and without anybody who writes."""
 
 
-def experiment(folder: Path, runs: Path, name: str, **changes: Any) -> Experiment:
-    whole = Experiment(
-        name=name,
-        student=Model(path=str(folder), scratch=llama(32)),
-        data=Pairs(path=str(text().pairs)),
-        stages=(ALONE,),
-        max_prompt=MAX_PROMPT,
-        max_response=MAX_RESPONSE,
-        rollout=RolloutConfig(engine=ON_CPU),
-        teachers=TeacherConfig(dtype="float32", engine=ON_CPU),
-        learner=LearnerConfig(ranks=2, dtype="float32", micro_batch=8, zero_stage=2),
-        evaluation=EvaluationConfig(prompts=0),
-        tracking=TrackingConfig(wandb=False),
-        runs=runs,
-    )
-    return whole.model_copy(update=changes)
+def experiment(folder: Path, runs: Path, name: str, **settings: Any) -> Experiment:
+    two = LearnerConfig(ranks=2, dtype="float32", micro_batch=8, zero_stage=2)
+    alone = {"stages": (ALONE,), "evaluation": EvaluationConfig(prompts=0)}
+    return small_run(folder, runs, name=name, learner=two, **alone | settings)
 
 
 def lines(folder: Path) -> list[dict[str, float]]:
-    """Whole lines of steps so far; the last one may be in the making."""
-    path = folder / "metrics.jsonl"
-    complete = path.read_text().rpartition("\n")[0] if path.exists() else ""
-    return [line for line in map(json.loads, complete.split("\n") if complete else []) if "loss" in line]
+    """Those of steps so far."""
+    return [line for line in read_lines(folder / "metrics.jsonl")[0] if "loss" in line]
 
 
 class Killer(threading.Thread):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from example_text import text
 from rich.console import Console
-from small_runs import MAX_PROMPT, MAX_RESPONSE, ON_CPU, llama, prompts
+from small_runs import ON_CPU, prompts, small_run
 from transformers import AutoModelForCausalLM
 
 from raykd.algorithms import GKD, KD, SFT, MiniLLM
@@ -35,11 +35,11 @@ pytestmark = [pytest.mark.stack, pytest.mark.timeout(600)]
 
 def experiment(teacher: Path, runs: Path) -> Experiment:
     fast = Optimiser(learning_rate=5e-3)
-    return Experiment(
+    return small_run(
+        teacher,
+        runs,
         name="end-to-end",
         teacher=Model(path=str(teacher)),
-        student=Model(path=str(teacher), scratch=llama(32)),
-        data=Pairs(path=str(text().pairs)),
         text=Documents(path=str(text().texts)),
         text_length=48,
         stages=(
@@ -48,13 +48,11 @@ def experiment(teacher: Path, runs: Path) -> Experiment:
             Stage(algorithm=GKD(divergence=ReverseKL()), steps=4, batch_size=16, samples_per_prompt=2, optimiser=fast),
             Stage(algorithm=MiniLLM(rollouts=32, epochs=2), steps=8, batch_size=16, optimiser=fast),
         ),
-        max_prompt=MAX_PROMPT,
-        max_response=MAX_RESPONSE,
         rollout=RolloutConfig(replicas=2, engine=ON_CPU),
         teachers=TeacherConfig(replicas=2, dtype="float32", engine=ON_CPU),
         learner=LearnerConfig(ranks=2, dtype="float32", micro_batch=8, zero_stage=2),
         evaluation=EvaluationConfig(prompts=24),
-        runs=runs,
+        tracking=TrackingConfig(),
     )
 
 

@@ -1,6 +1,6 @@
 """What each kind of worker is told, beside the models."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -111,6 +111,11 @@ class LoRA(Value):
     targets: tuple[str, ...] = ()
     """Linear layers to adapt, by the last part of their names, e.g. q_proj and v_proj; none named: all but the head, as
     QLoRA found necessary (arXiv 2305.14314, section 4)."""
+
+    @property
+    def adapters(self) -> dict[str, Any] | None:
+        """What must be equal where a checkpoint is written and where it is read; without adapters nothing."""
+        return self.model_dump(mode="json") if self.rank else None
 
 
 class LearnerConfig(Value):
