@@ -1,13 +1,16 @@
-"""Products of bfloat16 matrices, summed in float32, on a CPU: logits as exact as the states allow, at bfloat16's speed.
+"""Products of states and a large matrix on a CPU, summed in float32.
 
-PyTorch has no function for them. ``mm`` rounds what it has summed to bfloat16, and float32 matrices that are multiplied as
-bfloat16 are laid out anew for each product, which takes longer than the product of a hundred rows. But it carries the kernel
-along, oneDNN's for blocks that stay in the caches, for its attention on CPU. A weight is laid out for it once,
+All of a matrix at once is multiplied at half the speed where it has an odd number of rows, as GPT-2's vocabulary has, or where
+states are few. So each of PyTorch's threads multiplies its own share of blocks of rows: ``product_by_blocks``.
+
+Of bfloat16 matrices PyTorch has no such product. ``mm`` rounds what it has summed to bfloat16, and float32 matrices that are
+multiplied as bfloat16 are laid out anew for each product, which takes longer than the product of a hundred rows. But it carries
+the kernel along, oneDNN's for blocks that stay in the caches, for its attention on CPU. A weight is laid out for it once,
 
     packed[block, k // 2, row, k % 2] = weight[block * rows + row, k]
 
-and each of PyTorch's threads multiplies its share of the blocks. Threads of our own would have to share the cores with these,
-which wait for their next work without rest. A weight's gradient is a sum over positions, made in the same way: ``add_outer``.
+and multiplied a block at a time: ``PackedWeight``. A weight's gradient is a sum over positions, made in the same way:
+``add_outer``. Threads of our own would have to share the cores with PyTorch's, which wait for their next work without rest.
 """
 
 import ctypes
@@ -20,14 +23,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+PLAIN_ROWS = 512
+"""Rows of a weight in one block."""
 ROWS = 1024
-"""Rows of the weight in one block."""
+"""Rows in one block of a packed weight."""
 STATES = 64
 """Hidden states multiplied at a time; the kernel is compiled anew for each number of them."""
 COLUMNS = 512
 """Columns of a weight's gradient in one block; it has ``ROWS`` rows."""
 Loop = Callable[..., None]
 """What ``multiply_blocks`` makes."""
+
+
+def product_by_blocks(states: Tensor, weight: Tensor) -> Tensor:
+    """``states @ weight.T``: ``[n, H]`` and ``[V, H]`` of one dtype to ``[n, V]``, without a gradient."""
+    found = states.new_empty(len(states), len(weight))
+
+    @torch.inference_mode()  # of each thread
+    def multiply(thread: int, threads: int) -> None:
+        for row in range(thread * PLAIN_ROWS, len(weight), threads * PLAIN_ROWS):
+            rows = slice(row, row + PLAIN_ROWS)
+            torch.mm(states, weight[rows].T, out=found[:, rows])
+
+    _share(multiply)
+    return found
 
 
 class PackedWeight:
@@ -119,44 +138,81 @@ class _Kernel(NamedTuple):
     """M, N, K, distances of rows of the three matrices, whether to add, the matrices, whether the second lies in pairs."""
     release: Callable[[bool], None]
     """Gives back the part of the CPU that a thread holds for the kernel."""
+
+    def share(self, work: Callable[[int, int], None]) -> None:
+        """As ``_share``, of work with the kernel."""
+
+        def run(thread: int, threads: int) -> None:
+            work(thread, threads)
+            self.release(True)
+
+        _share(run)
+
+
+class _OpenMP(NamedTuple):
     in_parallel: Callable[..., None]
-    """OpenMP's: a function and its argument, number of threads, flags."""
+    """A function and its argument, number of threads, flags."""
     thread_number: Callable[[], int]
     num_threads: Callable[[], int]
 
-    def share(self, work: Callable[[int, int], None]) -> None:
-        """Run a function of the thread and the number of threads in each of PyTorch's."""
-        errors: list[BaseException] = []
-
-        def run(_: Any) -> None:
-            try:
-                work(self.thread_number(), self.num_threads())
-                self.release(True)
-            except BaseException as error:  # the library that calls could not pass it on
-                errors.append(error)
-
-        self.in_parallel(_FUNCTION(run), None, torch.get_num_threads(), 0)
-        for error in errors:
-            raise error
-
 
 _FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+def _share(work: Callable[[int, int], None]) -> None:
+    """Run a function of the thread and the number of threads in each of PyTorch's; in this one alone where these are not to be
+    had. Products that PyTorch makes there take one thread."""
+    openmp = _openmp()
+    if openmp is None:
+        work(0, 1)
+        return
+    errors: list[BaseException] = []
+
+    def run(_: Any) -> None:
+        try:
+            work(openmp.thread_number(), openmp.num_threads())
+        except BaseException as error:  # the library that calls could not pass it on
+            errors.append(error)
+
+    openmp.in_parallel(_FUNCTION(run), None, torch.get_num_threads(), 0)
+    for error in errors:
+        raise error
+
+
+@cache
+def _torch_library() -> Any:
+    """PyTorch's CPU code, and what it is linked to; None where it is not to be found."""
+    try:
+        return ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    except OSError:
+        return None
+
+
+@cache
+def _openmp() -> _OpenMP | None:
+    try:
+        functions = [_torch_library()[name] for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")]
+    except (TypeError, AttributeError):
+        return None
+    in_parallel, *numbers = functions
+    in_parallel.argtypes = [_FUNCTION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    in_parallel.restype = None
+    return _OpenMP(in_parallel, *numbers)
 
 
 @cache
 def _kernel() -> _Kernel | None:
     if not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()) or not torch.backends.mkldnn.enabled:
         return None
+    if _openmp() is None:
+        return None
     try:
-        library: Any = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        multiply = library["_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"]  # at::native::cpublas::brgemm
-        release = library["_ZN2at6native7cpublas14brgemm_releaseEb"]
-        in_parallel, *numbers = (library[name] for name in ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"))
-    except (OSError, AttributeError):
+        multiply = _torch_library()["_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"]  # at::native::cpublas::brgemm
+        release = _torch_library()["_ZN2at6native7cpublas14brgemm_releaseEb"]
+    except AttributeError:
         return None
     number, truth = ctypes.c_int64, ctypes.c_bool
     multiply.argtypes = [*[number] * 6, truth, *[number] * 3, truth]
     release.argtypes = [truth]
-    in_parallel.argtypes = [_FUNCTION, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-    multiply.restype = release.restype = in_parallel.restype = None
-    return _Kernel(multiply, release, in_parallel, *numbers)
+    multiply.restype = release.restype = None
+    return _Kernel(multiply, release)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from raykd.cpu_products import PackedWeight, add_outer
+from raykd.cpu_products import PackedWeight, add_outer, product_by_blocks
 from raykd.logprobs import promote
 
 COLUMNS = {"cpu": 1, "cuda": 64}
@@ -42,6 +42,8 @@ class Head:
         hidden = hidden.to(self.weight.dtype)
         if self.packed is not None:
             return self.packed.product(hidden)
+        if hidden.is_cpu:
+            return product_by_blocks(promote(hidden), promote(self.weight))
         if self.tail is None:
             return _product(hidden, self.weight.T)
         size, whole = len(self.weight), self._whole
