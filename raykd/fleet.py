@@ -9,7 +9,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import distributions
 from typing import Any
 
@@ -36,7 +36,13 @@ tensors of more than 32 MiB go back as before."""
 
 
 class ActorLost(RuntimeError):
-    """An actor is gone that nobody replaces, a learner rank or the replay buffer; what it held is in the newest checkpoint."""
+    """An actor is gone that nobody replaces, a learner rank, the replay buffer or the last replica of a fleet; what it held is in
+    the newest checkpoint."""
+
+    def __init__(self, message: str, *, restarted: bool = False) -> None:
+        """``restarted``: it has been restarted as often as it may be."""
+        super().__init__(message)
+        self.restarted = restarted
 
 
 class Fleet:
@@ -223,6 +229,21 @@ def last_line(failure: BaseException) -> str:
 
 def any_dead(actors: Sequence[Any]) -> bool:
     """Whether one of them has died, once Ray knows: nothing new is placed on a machine that is gone. Others may be busy."""
+    return any(_fates(actors))
+
+
+def all_dead(actors: Sequence[Any]) -> bool:
+    """Whether none of them is alive or restarted any more."""
+    num_dead = 0
+    for dead in _fates(actors):
+        if not dead:
+            return False
+        num_dead += 1
+    return num_dead == len(actors)
+
+
+def _fates(actors: Sequence[Any]) -> Iterator[bool]:
+    """Of each actor whether it has died, as that becomes known; nothing of those that give no news within a minute."""
     deadline = time.monotonic() + NEWS_S
     answers = {actor.__ray_ready__.remote(): actor for actor in actors}
     while answers and (left := deadline - time.monotonic()) > 0:
@@ -234,8 +255,9 @@ def any_dead(actors: Sequence[Any]) -> bool:
                 time.sleep(1.0)
                 answers[actor.__ray_ready__.remote()] = actor
             except RayActorError:
-                return True
-    return False
+                yield True
+            else:
+                yield False
 
 
 def get(references: Any, deadline_s: float, what: str) -> Any:

@@ -99,7 +99,7 @@ def _train(
     checkpoint: Checkpoint | None,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """From the checkpoint, or from the beginning, to the student's folder; returns the held-out numbers before and after.
-    Where a learner rank is lost, other workers than the ``first`` go on from the newest checkpoint."""
+    Where a learner rank or a whole fleet is lost, other workers than the ``first`` go on from the newest checkpoint."""
     workers: Workers | None = first
     begun, before, losses = data.state(), {}, 0
     while True:
@@ -115,7 +115,7 @@ def _train(
         except ActorLost as loss:
             workers, last, checkpoint = None, checkpoint, newest_checkpoint(folder)
             losses = losses + 1 if checkpoint == last else 1
-            if losses > experiment.restarts:
+            if losses > experiment.restarts or (loss.restarted and checkpoint == last):
                 raise
             data.restore(checkpoint.data if checkpoint else begun)
             goes_on = f"go on after step {checkpoint.position.total}" if checkpoint else "begin again"
@@ -127,9 +127,14 @@ def _tells_loss(workers: Workers) -> Iterator[None]:
     """Raises ActorLost for whatever has failed where an actor has died that nobody replaces: it may be a consequence."""
     try:
         yield
+    except ActorLost:
+        workers.lost()  # waits for the news
+        raise
     except Exception as failure:
-        if workers.lost() and not isinstance(failure, ActorLost):
+        if workers.lost():
             raise ActorLost(f"the learner has died: {last_line(failure)}") from failure
+        if fleet := workers.exhausted():
+            raise ActorLost(f"every replica of the {fleet} fleet has died: {last_line(failure)}", restarted=True) from failure
         raise
 
 

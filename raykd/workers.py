@@ -17,7 +17,7 @@ from raykd.actors import within_reach
 from raykd.algorithms.base import Algorithm, Needs
 from raykd.collate import LossTerm, deal
 from raykd.experiment import Optimiser
-from raykd.fleet import Fleet, LearnerGang, Placement, any_dead, get
+from raykd.fleet import Fleet, LearnerGang, Placement, all_dead, any_dead, get
 from raykd.mismatch import over_recorded
 from raykd.records import Prompt, Rollout, Row, Totals
 from raykd.rollout.requests import GenerationRequest
@@ -68,6 +68,10 @@ class Workers:
         self._learner_version = 0
         if rollouts:
             rollouts.on_restart = self._reload
+
+    @property
+    def _fleets(self) -> list[Fleet]:
+        return [fleet for fleet in (self.teachers, self.rollouts, self._rater) if fleet is not None]
 
     @property
     def version(self) -> int:
@@ -227,9 +231,13 @@ class Workers:
         """Whether a learner rank or the replay buffer has died."""
         return any_dead([*self.learner.ranks, self.replay])
 
+    def exhausted(self) -> str:
+        """The name of a fleet whose replicas have all died for good, if there is one."""
+        return next((fleet.name for fleet in self._fleets if all_dead(fleet.actors)), "")
+
     def close(self) -> None:
         """Give every actor back."""
-        for fleet in filter(None, (self.teachers, self.rollouts, self._rater)):
+        for fleet in self._fleets:
             fleet.close()
         for actor in [*self.learner.ranks, self.replay]:
             ray.kill(actor)

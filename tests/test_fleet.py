@@ -18,7 +18,7 @@ from torch.distributed import DistBackendError
 
 from raykd.algorithms import SFT
 from raykd.experiment import Experiment, Model, Stage
-from raykd.fleet import ActorLost, Fleet, LearnerGang, any_dead, environment
+from raykd.fleet import ActorLost, Fleet, LearnerGang, all_dead, any_dead, environment
 from raykd.records import Prompt
 from raykd.run import connect
 from raykd.sources import Pairs
@@ -174,6 +174,7 @@ def test_a_rank_that_is_lost_is_told_from_one_that_refuses(cluster: None, does: 
     assert any_dead(gang.ranks[:1]) is False
     if does != "sleep":
         assert any_dead(gang.ranks) == (does == "die")
+        assert all_dead(gang.ranks[1:]) == (does == "die") and not all_dead(gang.ranks)
 
 
 def update(version: int) -> WeightUpdate:

@@ -78,7 +78,7 @@ class Experiment(Value):
     """How many checkpoints of a run are kept, the newest, which it is resumed from; None: all. One takes 12 bytes a parameter."""
     restarts: int = Field(default=3, ge=0)
     """How often a rollout, teacher or reward replica that dies is started again, and how often all workers are, from the same
-    checkpoint, after a learner rank has died."""
+    checkpoint, after a learner rank has died. So they are where no replica is left of a fleet and there is a newer checkpoint."""
     seed: int = Field(default=0, ge=0)
     runs: Path = Field(default_factory=lambda: Path(os.environ.get("RAYKD_RUNS", "runs")), validate_default=True)
     """Folder of run directories, each run gets a new one in it. On several machines: storage that all of them see.
