@@ -108,10 +108,10 @@ class Head:
 
 
 def _product(first: Tensor, second: Tensor, out: Tensor | None = None) -> Tensor:
-    """first @ second, in at least float32."""
-    if first.is_cuda and first.dtype in (torch.float16, torch.bfloat16):
+    """first @ second on a GPU, in at least float32."""
+    if first.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(first, second, out_dtype=torch.float32, out=out)
-    return torch.mm(promote(first), promote(second), out=out)
+    return torch.mm(first, second, out=out)
 
 
 def add_product(total: Tensor, beta: int, first: Tensor, second: Tensor) -> None:

@@ -114,8 +114,9 @@ def _train(
                 return before, after
         except ActorLost as loss:
             workers, last, checkpoint = None, checkpoint, newest_checkpoint(folder)
-            losses = losses + 1 if checkpoint == last else 1
-            if losses > experiment.restarts or (loss.restarted and checkpoint == last):
+            stuck = checkpoint == last
+            losses = losses + 1 if stuck else 1
+            if losses > experiment.restarts or (stuck and loss.restarted):
                 raise
             data.restore(checkpoint.data if checkpoint else begun)
             goes_on = f"go on after step {checkpoint.position.total}" if checkpoint else "begin again"

@@ -6,12 +6,9 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import linear
-from vllm.platforms import current_platform
 
 from raykd.rollout import packed_matrix
 from raykd.rollout.packed_matrix import PackedMatrix
-
-current_platform.import_kernels()
 
 SHAPES = [(8, 8), (16, 24), (48, 64), (64, 64), (96, 172), (128, 64), (344, 64), (512, 256), (1000, 1100)]
 """[N, K]: rows that fill no block, one block, several; columns that need padding; more than one tile."""

@@ -20,6 +20,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from vllm._custom_ops import weight_packed_linear_cpu
 
 from raykd.compiled import interleave
 
@@ -83,10 +84,7 @@ def _by_vllm(weight: Tensor) -> tuple[np.ndarray, Linear]:
     packed, width = torch.ops._C.convert_weight_packed(weight), len(weight)
 
     def linear(x: Tensor, bias: Tensor | None) -> Tensor:
-        states = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        product = torch.empty(len(states), width, dtype=x.dtype)
-        torch.ops._C.weight_packed_linear(product, states, packed, None if bias is None else bias.float(), True)
-        return product if x.dim() == 2 else product.view(*x.shape[:-1], -1)
+        return weight_packed_linear_cpu(x, packed, width, None if bias is None else bias.float())
 
     return _words(packed).reshape(-1), linear
 
